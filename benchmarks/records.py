@@ -1,0 +1,168 @@
+"""What was measured: latencies, intervals, one benchmark, and the report that puts it beside the pruning."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from edgeprune.benchmarks.errors import BenchmarkError
+from edgeprune.deploy.records import DeviceInfo
+from edgeprune.pruning.records import PruningStep
+
+# What each scope holds. A latency without its scope is no figure. A backend may measure more of them.
+SCOPES: Mapping[str, str] = {
+    "engine": "the network alone, copies excluded",
+    "engine_with_copies": "the network with the copies to and from the device",
+    "end_to_end": "letterbox, copy, network, copy, NMS; decoding of the image file excluded",
+}
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Latency of one image, batch size 1."""
+
+    scope: str
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    mean_ms: float
+    std_ms: float | None  # None with a single run
+    runs: int
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Latency divided by the baseline's latency; below 1 is faster."""
+
+    value: float
+    low: float | None  # 95 % interval; None with too few blocks for one
+    high: float | None
+    blocks: int
+
+    @property
+    def shows_difference(self) -> bool:
+        """Whether the interval excludes 1. Without an interval no difference was shown."""
+        return self.low is not None and self.high is not None and not self.low <= 1 <= self.high
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive runs of one step; the steps' blocks of one index ran together, in random order."""
+
+    index: int
+    start_s: float  # the device's monotonic clock
+    end_s: float
+    samples_ms: Mapping[str, tuple[float, ...]]  # by scope
+    invalid: str | None = None  # why it is left out: throttling, another power mode, another load
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a benchmark ran. Less than DeviceInfo: a run stays readable when a newer probe tells more."""
+
+    target: str  # the kind of device asked for, such as "host" or "jetson-nano"
+    backend: str  # what ran the engine: "onnxruntime" or "tensorrt"
+    board: str  # what the machine says it is
+    details: Mapping[str, Any] = field(default_factory=dict)  # all that the probe found
+
+    @classmethod
+    def of(cls, info: DeviceInfo) -> "Device":
+        return cls(info.target, info.backend, info.board, info.to_json())
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        return (self.target, self.backend, self.board)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.backend == "tensorrt"
+
+    @property
+    def line(self) -> str:
+        """The line under which every figure stands: it says CPU where a CPU ran, whatever the target."""
+        processor = "GPU" if self.on_gpu else "CPU"
+        return f"target: {self.target} · backend: {self.backend} on the {processor} · board: {self.board}"
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """One engine on one device."""
+
+    model_sha256: str
+    precision: str
+    device: Device
+    engine_size_bytes: int
+    engine_build_s: float
+    ap: float  # of the detections that the device returned, scored on the host
+    ap50: float
+    images: int  # behind the AP
+    boxes: int
+    not_finite: int  # candidates that were no numbers, over all images
+    latencies: tuple[Latency, ...]  # of the valid blocks; none where no block was valid
+    blocks: tuple[Block, ...]
+    warmup_runs: int
+    timer_overhead_ms: float
+
+    @property
+    def fps(self) -> float | None:
+        """Images per second end to end, one after the other."""
+        end_to_end = self.latency("end_to_end")
+        return None if end_to_end is None else 1000 / end_to_end.mean_ms
+
+    def latency(self, scope: str) -> Latency | None:
+        return next((latency for latency in self.latencies if latency.scope == scope), None)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "BenchmarkResult":
+        """Read what `to_json` wrote.
+
+        Raises:
+            BenchmarkError: If a field is missing, unknown or malformed.
+        """
+        try:
+            return cls(
+                **{
+                    **record,
+                    "device": Device(**record["device"]),
+                    "latencies": tuple(Latency(**latency) for latency in record["latencies"]),
+                    "blocks": tuple(_block(block) for block in record["blocks"]),
+                }
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise BenchmarkError(
+                f"a benchmark record is damaged ({error!r}): measure the step again"
+            ) from error
+
+
+def _block(record: Mapping[str, Any]) -> Block:
+    return Block(**{**record, "samples_ms": {scope: tuple(ms) for scope, ms in record["samples_ms"].items()}})
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One pruning step beside what was measured of it."""
+
+    step: PruningStep
+    model_size_bytes: int | None  # of the ONNX file
+    result: BenchmarkResult | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A run's steps in order, the unpruned detector first, all measured on one device."""
+
+    name: str
+    rows: tuple[ReportRow, ...]
+    provenance: Mapping[str, Any]  # command, versions, hashes of data and weights
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise ValueError("a report needs at least the unpruned detector's row")
+        if len({row.result.device.identity for row in self.rows if row.result}) > 1:
+            raise ValueError("the rows of one report come from one device")
+
+    @property
+    def device(self) -> Device | None:
+        return next((row.result.device for row in self.rows if row.result), None)

@@ -1,0 +1,152 @@
+"""A report's figures under their names in report.json, and the headline drawn from them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edgeprune.benchmarks.records import BenchmarkResult, Ratio, Report, ReportRow
+from edgeprune.benchmarks.statistics import paired_ratio
+
+_TIMES, _MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
+
+Figures = Mapping[str, Any]  # units in the names; None is "not measured"
+
+
+def row_figures(report: Report) -> list[Figures]:
+    """One flat mapping a row, units in the names, None where something was not measured."""
+    first = report.rows[0]
+    return [_figures(row, first) for row in report.rows]
+
+
+def speed_ratio(result: BenchmarkResult, baseline: BenchmarkResult, scope: str) -> Ratio | None:
+    """Latency of `result` / latency of `baseline` over the valid blocks that were measured together."""
+    return paired_ratio(_valid_blocks(result, scope), _valid_blocks(baseline, scope))
+
+
+def _valid_blocks(result: BenchmarkResult, scope: str) -> dict[int, Sequence[float]]:
+    return {
+        b.index: b.samples_ms[scope] for b in result.blocks if b.invalid is None and scope in b.samples_ms
+    }
+
+
+def _figures(row: ReportRow, first: ReportRow) -> Figures:
+    step, result = row.step, row.result
+    ratio = speed_ratio(result, first.result, "engine") if result and first.result else None
+    figures: dict[str, Any] = {
+        "iteration": step.iteration,
+        "criterion": step.criterion,
+        "params": step.params,
+        "macs": step.macs,
+        "activation_bytes": step.activation_bytes,
+        "channels_removed": sum(first.step.channels.values()) - sum(step.channels.values()),
+        "channels_removed_this_step": step.channels_removed,
+        "ap_before": step.ap_before,
+        "ap50_before": step.ap50_before,
+        "ap_after": step.ap_after,
+        "ap50_after": step.ap50_after,
+        "device_ap": result.ap if result else None,
+        "device_ap50": result.ap50 if result else None,
+    }
+    for scope in ("engine", "end_to_end"):
+        latency = result.latency(scope) if result else None
+        for name in ("p50_ms", "p90_ms", "p99_ms", "mean_ms", "std_ms", "runs"):
+            figures[f"latency_{scope}_{name}"] = getattr(latency, name) if latency else None
+    figures |= {
+        "latency_engine_ratio": ratio.value if ratio else None,
+        "latency_engine_ratio_low": ratio.low if ratio else None,
+        "latency_engine_ratio_high": ratio.high if ratio else None,
+        "fps": result.fps if result else None,
+        "model_size_bytes": row.model_size_bytes,
+        "model_sha256": result.model_sha256 if result else None,
+        "precision": result.precision if result else None,
+        "engine_size_bytes": result.engine_size_bytes if result else None,
+        "engine_build_s": result.engine_build_s if result else None,
+    }
+    return figures
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One number of the headline: "40.1 %", "fewer parameters", and where it comes from."""
+
+    value: str
+    what: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Headline:
+    """How much smaller, how much faster, how much AP lost, on which device, measured how."""
+
+    iteration: int
+    smaller: Fact
+    faster: Fact
+    accuracy: Fact
+    device: str
+    measured: str
+
+    @property
+    def facts(self) -> tuple[Fact, Fact, Fact]:
+        return (self.smaller, self.faster, self.accuracy)
+
+    @property
+    def text(self) -> str:
+        facts = "; ".join(f"{fact.value} {fact.what} ({fact.detail})" for fact in self.facts)
+        against = f"Iteration {self.iteration} against the unpruned detector"
+        return f"{against}: {facts}. {self.device}. {self.measured}."
+
+
+def headline(report: Report) -> Headline:
+    """Compare the last step with the unpruned detector; what was not measured is said to be so."""
+    rows = row_figures(report)
+    first, last = rows[0], rows[-1]
+    return Headline(
+        iteration=last["iteration"],
+        smaller=Fact(
+            f"{1 - last['params'] / first['params']:.1%}".replace("%", " %"),
+            "fewer parameters",
+            f"{first['params']:,} → {last['params']:,}; "
+            + f"{1 - last['macs'] / first['macs']:.1%} fewer MACs".replace("%", " %"),
+        ),
+        faster=_faster(first, last),
+        accuracy=_accuracy(first, last),
+        device=report.device.line if report.device else "Device: not measured",
+        measured=_measured(report.rows[-1].result),
+    )
+
+
+def _faster(first: Figures, last: Figures) -> Fact:
+    before, after = first["latency_engine_p50_ms"], last["latency_engine_p50_ms"]
+    if before is None or after is None:
+        return Fact("not measured", "latency", "no benchmark of both steps")
+    change = f"engine p50 {before:.2f} → {after:.2f} ms"
+    ratio, low, high = (last[f"latency_engine_ratio{end}"] for end in ("", "_low", "_high"))
+    if low is None or high is None:
+        return Fact(
+            f"{before / after:.2f}{_TIMES}",
+            "as fast",
+            f"{change}; too few interleaved blocks for an interval",
+        )
+    interval = f"95 % interval {1 / high:.2f} to {1 / low:.2f}"
+    shown = "as fast" if high < 1 or low > 1 else "as fast, no difference shown"
+    return Fact(f"{1 / ratio:.2f}{_TIMES}", shown, f"{change}; {interval}")
+
+
+def _accuracy(first: Figures, last: Figures) -> Fact:
+    for where, name in (("on the device", "device_{}"), ("on the host", "{}_after")):
+        ap, ap50 = ((first[name.format(kind)], last[name.format(kind)]) for kind in ("ap", "ap50"))
+        if None not in (*ap, *ap50):
+            detail = f"{ap50[0]:.3f} → {ap50[1]:.3f}; AP {ap[0]:.3f} → {ap[1]:.3f}"
+            return Fact(f"{ap50[1] - ap50[0]:+.3f}".replace("-", _MINUS), f"AP50 {where}", detail)
+    return Fact("not measured", "AP50", "no validation of both steps")
+
+
+def _measured(result: BenchmarkResult | None) -> str:
+    latency = result.latency("engine") if result else None
+    if result is None or latency is None:
+        return "Latency not measured"
+    valid = sum(block.invalid is None for block in result.blocks)
+    left_out = len(result.blocks) - valid
+    blocks = f" in {valid} blocks interleaved over all steps" if valid > 1 else ""
+    excluded = f", {left_out} blocks left out" if left_out else ""
+    return f"Batch 1, {result.precision}, {latency.runs} runs a step{blocks}{excluded}"

@@ -1,0 +1,71 @@
+"""What the machine says about itself: board, releases, memory, temperatures; None for what is not there."""
+
+import glob
+import os
+import platform
+import re
+from typing import Any, Dict, Optional
+
+# Tests put a stand-in Jetson's /etc, /proc and /sys under another folder; results made so are labelled.
+ROOT = os.environ.get("EDGEPRUNE_DEVICE_ROOT", "/")
+
+
+def read_text(path: str) -> Optional[str]:
+    """Read a small system file, None if it cannot be read."""
+    try:
+        with open(os.path.join(ROOT, path.lstrip("/")), encoding="utf-8", errors="replace") as file:
+            return file.read().strip("\0\n ")
+    except OSError:
+        return None
+
+
+def board() -> str:
+    """Name the device model, as "NVIDIA Jetson Nano Developer Kit"; elsewhere the processor."""
+    model = read_text("/proc/device-tree/model")
+    if not model:
+        found = re.search(r"model name\s*:\s*(.+)", read_text("/proc/cpuinfo") or "")
+        model = found.group(1) if found else platform.machine()
+    return model if ROOT == "/" else "stand-in for " + model
+
+
+def l4t() -> Optional[str]:
+    """The Jetson Linux release, as "32.7.6"."""
+    found = re.search(r"R(\d+).*REVISION:\s*([\d.]+)", read_text("/etc/nv_tegra_release") or "")
+    return "{}.{}".format(*found.groups()) if found else None
+
+
+def memory_mib() -> Dict[str, Optional[int]]:
+    """Total, available and swap memory in MiB."""
+    values = dict(re.findall(r"^(\w+):\s+(\d+) kB", read_text("/proc/meminfo") or "", re.MULTILINE))
+    names = {
+        "total": "MemTotal",
+        "available": "MemAvailable",
+        "swap_total": "SwapTotal",
+        "swap_free": "SwapFree",
+    }
+    return {key: int(values[name]) // 1024 if name in values else None for key, name in names.items()}
+
+
+def temperatures_c() -> Dict[str, float]:
+    """Degrees Celsius by thermal zone; sensors that are off (-256) are left out."""
+    found = {}
+    for zone in sorted(glob.glob(os.path.join(ROOT, "sys/class/thermal/thermal_zone*"))):
+        folder = "/" + os.path.relpath(zone, ROOT)
+        name, value = read_text(folder + "/type"), read_text(folder + "/temp")
+        if name and value and re.match(r"-?\d+$", value) and int(value) > -200000:
+            found[name] = int(value) / 1000
+    return found
+
+
+def describe() -> Dict[str, Any]:
+    """Everything above in one record."""
+    return {
+        "board": board(),
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "l4t": l4t(),
+        "cpus": os.cpu_count(),
+        "memory_mib": memory_mib(),
+        "temperatures_c": temperatures_c(),
+    }

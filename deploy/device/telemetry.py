@@ -1,0 +1,140 @@
+"""Power, temperatures, clocks and load over time. Every value is optional: boards differ in what they tell.
+
+tegrastats prints one line per interval. Its traps, each seen on a board: a date in front; cores that are
+"off"; -256C for a sensor that is off; rails with and without "mW", with two or three values; zone names in
+either case; no clock unless run as root; GR3D_FREQ without utilisation, or with a list of clocks.
+"""
+
+import glob
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from typing import Any, Dict, List, Optional
+
+from . import system
+
+INTERVAL_S = 1.0
+SENSOR_OFF_C = -256.0
+
+_RAM = re.compile(r"\bRAM (\d+)/(\d+)MB")
+_SWAP = re.compile(r"\bSWAP (\d+)/(\d+)MB")
+_CPU = re.compile(r"\bCPU \[([^\]]*)\]")
+_GPU = re.compile(r"\bGR3D_FREQ (?:(\d+)%)?(?:@(?:\[([\d,]+)\]|(\d+)))?")
+_EMC = re.compile(r"\bEMC_FREQ (\d+)%")
+_ZONE = re.compile(r"\b([A-Za-z]\w*)@(-?\d+(?:\.\d+)?)C\b")
+_RAIL = re.compile(r"\b([A-Z][A-Z0-9_]*) (\d+)(?:mW)?/\d+(?:mW)?(?:/\d+(?:mW)?)?(?![\dMm])")
+
+
+def parse_tegrastats(line: str) -> Dict[str, Any]:
+    """Read one line of tegrastats.
+
+    Returns:
+        Those of these fields that the line has: "ram_used_mib", "ram_total_mib", "swap_used_mib",
+        "cpu_percent" (a list; None for a core that is off), "gpu_percent", "gpu_mhz" (a list), "emc_percent",
+        "temperatures_c" (by zone, lower case), "power_mw" (by rail; the present value, not the average).
+    """
+    found: Dict[str, Any] = {}
+    ram, swap, cpu = _RAM.search(line), _SWAP.search(line), _CPU.search(line)
+    gpu, emc = _GPU.search(line), _EMC.search(line)
+    if ram:
+        found["ram_used_mib"], found["ram_total_mib"] = int(ram.group(1)), int(ram.group(2))
+    if swap:
+        found["swap_used_mib"] = int(swap.group(1))
+    if cpu:
+        cores = [re.match(r"(\d+)%", core.strip()) for core in cpu.group(1).split(",")]
+        found["cpu_percent"] = [int(core.group(1)) if core else None for core in cores]
+    if gpu:
+        percent, clocks, clock = gpu.groups()
+        if percent is not None:
+            found["gpu_percent"] = int(percent)
+        if clocks or clock:
+            found["gpu_mhz"] = [int(value) for value in (clocks or clock).split(",")]
+    if emc:
+        found["emc_percent"] = int(emc.group(1))
+    zones = {name.lower(): float(value) for name, value in _ZONE.findall(line)}
+    # PMIC stands at 100 on every board that prints it: a placeholder, no temperature.
+    zones = {name: value for name, value in zones.items() if value > SENSOR_OFF_C and name != "pmic"}
+    if zones:
+        found["temperatures_c"] = zones
+    rails = {name: int(value) for name, value in _RAIL.findall(line) if name not in ("RAM", "SWAP")}
+    if rails:
+        found["power_mw"] = rails
+    return found
+
+
+def ina3221_mw() -> Dict[str, float]:
+    """Power by rail from the board's INA3221 monitors: mV x mA / 1000."""
+    found = {}
+    for name_file in sorted(glob.glob(os.path.join(system.ROOT, "sys/class/hwmon/hwmon*/name"))):
+        folder = "/" + os.path.relpath(os.path.dirname(name_file), system.ROOT)
+        if system.read_text(folder + "/name") != "ina3221":
+            continue
+        for channel in range(1, 8):
+            label = system.read_text("{}/in{}_label".format(folder, channel))
+            millivolt = system.read_text("{}/in{}_input".format(folder, channel))
+            milliampere = system.read_text("{}/curr{}_input".format(folder, channel))
+            if label and millivolt and milliampere:  # the sum of the shunts has no current of its own
+                found[label] = int(millivolt) * int(milliampere) / 1000
+    return found
+
+
+class Telemetry:
+    """Samples of the board while a job runs. `tick` is called often and samples once in a while.
+
+    tegrastats, where it is there, runs as a process of its own, so that the job's timings are not disturbed.
+    """
+
+    def __init__(self) -> None:
+        self.samples: List[Dict[str, Any]] = []
+        self._process: Optional["subprocess.Popen[bytes]"] = None
+        self._output = tempfile.TemporaryFile()
+        self._read = 0
+        self._due = 0.0
+
+    def __enter__(self) -> "Telemetry":
+        program = shutil.which("tegrastats")
+        if program:
+            interval = str(int(INTERVAL_S * 1000))
+            self._process = subprocess.Popen(
+                [program, "--interval", interval],
+                stdin=subprocess.DEVNULL,
+                stdout=self._output,
+                stderr=subprocess.DEVNULL,
+            )
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._process:
+            self._process.terminate()
+            self._process.wait()
+        self._output.close()
+
+    def tick(self) -> None:
+        """Take a sample if one is due."""
+        now = time.monotonic()
+        if now < self._due:
+            return
+        self._due = now + INTERVAL_S
+        sample: Dict[str, Any] = {
+            "time_s": now,
+            "available_mib": system.memory_mib()["available"],
+            "load": os.getloadavg()[0],
+            "temperatures_c": system.temperatures_c(),
+            "power_mw": ina3221_mw(),
+        }
+        for name, value in parse_tegrastats(self._last_line()).items():
+            if isinstance(value, dict):
+                sample[name].update(value)
+            else:
+                sample[name] = value
+        self.samples.append(sample)
+
+    def _last_line(self) -> str:
+        # pread: the file's own position belongs to tegrastats, which shares it.
+        chunk = os.pread(self._output.fileno(), 1 << 16, self._read)
+        lines = chunk.split(b"\n")
+        self._read += len(chunk) - len(lines[-1])
+        return lines[-2].decode("utf-8", "replace") if len(lines) > 1 else ""

@@ -1,0 +1,123 @@
+"""What a device reports: itself, the engines built on it, their latencies and detections."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from edgeprune.data.precision import ImageDetections
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """What the probe found. None: the device does not say."""
+
+    target: str
+    transport: str  # "this machine", "user@nano.local"
+    board: str
+    machine: str  # "x86_64", "aarch64"
+    system: str
+    python: str
+    l4t: str | None  # Jetson Linux release
+    cpus: int
+    memory_mib: Mapping[str, int | None]  # total, available, swap_total, swap_free
+    temperatures_c: Mapping[str, float]  # by zone
+    images: str  # library that decodes and resizes there
+    backend: str
+    backends: Mapping[str, Mapping[str, Any]]  # by name: {"version", ...} or {"error": {...}}
+
+    @property
+    def backend_version(self) -> str | None:
+        """Version of the backend in use, None where it does not work."""
+        return self.backends.get(self.backend, {}).get("version")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "DeviceInfo":
+        return cls(**record)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine on the device. It runs only where everything in its key is the same."""
+
+    key: str  # sha256 over the next seven
+    model_sha256: str
+    backend: str
+    backend_version: str
+    device: str  # device model
+    compute_capability: str | None
+    precision: str
+    options: Mapping[str, Any]
+    path: str  # relative to the device's work folder
+    sha256: str
+    size_bytes: int
+    build_s: float
+    log: tuple[str, ...]  # lines of the build worth keeping
+    reused: bool  # found built
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "log": list(self.log)}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "Engine":
+        known = {field.name for field in fields(cls)}
+        return cls(
+            **{name: value for name, value in record.items() if name in known} | {"log": tuple(record["log"])}
+        )
+
+
+@dataclass(frozen=True)
+class LatencyBlock:
+    """A run of inferences of one engine, undisturbed by the other engines."""
+
+    engine: int  # index into the engines that were timed together
+    round: int  # every engine has one block in a round, in random order
+    start_s: float  # the device's monotonic clock
+    end_s: float
+    samples_ms: Mapping[str, tuple[float, ...]]  # by scope
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """Raw latencies of engines that were timed together.
+
+    Scopes: "engine", the inference alone; "end_to_end", from the decoded image to its detections (letterbox,
+    normalise, copies, inference, NMS); a backend may add more.
+    """
+
+    engines: tuple[str, ...]  # keys
+    blocks: tuple[LatencyBlock, ...]  # in the order in which they ran
+    warmup_runs: tuple[int, ...]  # per engine
+    timer_overhead_ms: float
+
+    def samples_ms(self, engine: int, scope: str) -> np.ndarray:
+        """All samples of one engine in one scope, in the order of measurement."""
+        chosen = [block.samples_ms[scope] for block in self.blocks if block.engine == engine]
+        return np.array([sample for samples in chosen for sample in samples])
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "Latencies":
+        blocks = tuple(
+            LatencyBlock(
+                **{**block, "samples_ms": {scope: tuple(ms) for scope, ms in block["samples_ms"].items()}}
+            )
+            for block in record["blocks"]
+        )
+        return cls(
+            tuple(record["engines"]), blocks, tuple(record["warmup_runs"]), record["timer_overhead_ms"]
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Detections of an engine on the device."""
+
+    detections: tuple[ImageDetections, ...]
+    not_finite: int  # candidates that were no numbers, over all images: a float16 overflow shows here

@@ -1,0 +1,254 @@
+"""A session with a device: send what it lacks, give the agent a job, take the result back."""
+
+import hashlib
+import io
+import json
+import tempfile
+import uuid
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from edgeprune.data.dataset import Dataset
+from edgeprune.data.files import atomic_path, read_json, sha256_of, write_json
+from edgeprune.data.precision import ImageDetections
+from edgeprune.deploy.device.agent import PROTOCOL
+from edgeprune.deploy.device.imaging import DEFAULT_THRESHOLDS, Preprocessing, Thresholds
+from edgeprune.deploy.errors import DeviceError
+from edgeprune.deploy.records import DeviceInfo, Engine, Evaluation, Latencies
+from edgeprune.deploy.targets import Target
+from edgeprune.deploy.transport import Completed, Local, Transport, default_folder
+
+Progress = Callable[[Mapping[str, Any]], None]
+
+LOCK_WAIT_S = 600.0  # how long a job waits for another one on the same device
+
+
+class Session:
+    """A device of a kind, and the way to it.
+
+    Args:
+        target: what kind of device it is.
+        transport: the way to it.
+        progress: takes events: {"event": "progress", "stage", "done", "total"}, "build", "waiting".
+        lock_wait_s: how long a job may wait for another one on the same device.
+        timeout_s: a job that takes longer is ended.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        transport: Transport,
+        progress: Progress | None = None,
+        lock_wait_s: float = LOCK_WAIT_S,
+        timeout_s: float | None = None,
+    ) -> None:
+        self.target = target
+        self._transport = transport
+        self._progress = progress
+        self._limits = {"protocol": PROTOCOL, "lock_wait_s": lock_wait_s, "timeout_s": timeout_s}
+        self._there: set[str] = set()  # remote paths known to be on the device
+
+    def probe(self) -> DeviceInfo:
+        """Ask the device what it is and which runtimes work on it.
+
+        Raises:
+            DeviceError: If the device or its agent fails, here and below.
+        """
+        found = self._call("probe", {})
+        return DeviceInfo(
+            target=self.target.name, transport=self._transport.name, backend=self.target.backend, **found
+        )
+
+    def build(self, model: Path, precision: str = "fp32", options: Mapping[str, Any] | None = None) -> Engine:
+        """Build an engine from an ONNX file on the device, or find it built.
+
+        Args:
+            options: of the backend; for ONNX Runtime "threads" (1 unless said).
+        """
+        if precision not in self.target.precisions:
+            known = ", ".join(self.target.precisions)
+            raise DeviceError(
+                f"{self.target.name} has no {precision} in hardware; choose from: {known}", "precision"
+            )
+        [reference] = self._send([model])
+        job = {
+            "model": reference,
+            "backend": self.target.backend,
+            "precision": precision,
+            "options": dict(options or {}),
+        }
+        return Engine.from_json(self._call("build", job))
+
+    def benchmark(
+        self,
+        engines: Sequence[Engine],
+        images: Sequence[Path],
+        preprocessing: Preprocessing,
+        *,
+        runs: int = 100,
+        min_seconds: float = 0.0,
+        block_runs: int = 10,
+        warmup_runs: int = 10,
+        seed: int = 0,
+        thresholds: Thresholds = DEFAULT_THRESHOLDS,
+    ) -> Latencies:
+        """Time engines together, interleaved in blocks of random order.
+
+        Args:
+            images: used in turn; decoded before the clock runs.
+            runs: at least, per engine and scope.
+            min_seconds: at least, over all engines.
+            block_runs: per engine and scope in one block.
+            warmup_runs: at least, per engine; more until the latency is stable.
+            seed: of the blocks' order.
+        """
+        job = {
+            "engines": [engine.to_json() for engine in engines],
+            "images": self._send(images),
+            "preprocessing": preprocessing.to_json(),
+            "thresholds": thresholds._asdict(),
+            "runs": runs,
+            "min_seconds": min_seconds,
+            "block_runs": block_runs,
+            "warmup_runs": warmup_runs,
+            "seed": seed,
+        }
+        found = self._call("bench", job)
+        return Latencies.from_json({**found, "engines": [engine.key for engine in engines]})
+
+    def evaluate(
+        self,
+        engine: Engine,
+        images: Mapping[int, Path],
+        preprocessing: Preprocessing,
+        thresholds: Thresholds = DEFAULT_THRESHOLDS,
+    ) -> Evaluation:
+        """Run an engine over images.
+
+        Args:
+            images: image id -> file, as `image_files` gives them.
+        """
+        job = {
+            "engine": engine.to_json(),
+            "images": self._send(list(images.values())),
+            "preprocessing": preprocessing.to_json(),
+            "thresholds": thresholds._asdict(),
+        }
+        found = self._call("evaluate", job)
+        detections = tuple(
+            ImageDetections(
+                image_id,
+                np.array(image["boxes"], np.float32).reshape(-1, 4),
+                np.array(image["scores"], np.float32),
+            )
+            for image_id, image in zip(images, found["images"], strict=True)
+        )
+        return Evaluation(detections, found["not_finite"])
+
+    def _send(self, paths: Sequence[Path]) -> list[dict[str, str]]:
+        """Have files on the device under their content's name; returns the references that jobs use."""
+        references = []
+        missing = {}
+        for path in paths:
+            sha256 = sha256_of(path)
+            remote = f"files/{sha256}{path.suffix.lower()}"
+            references.append({"path": remote, "sha256": sha256, "name": path.name})
+            if remote not in self._there:
+                missing[remote] = path
+        if missing:
+            self._transport.put(missing)
+            self._there |= missing.keys()
+        return references
+
+    def _call(self, command: str, job: Mapping[str, Any]) -> Any:
+        """Give the agent a job and return its result."""
+        agent, content = _agent_zip()
+        folder = f"jobs/{uuid.uuid4().hex}"
+        job_path, result_path = f"{folder}/job.json", f"{folder}/result.json"
+        end: dict[str, Any] = {}
+
+        def on_line(line: str) -> None:
+            event = json.loads(line)
+            if event["event"] == "end":
+                end.update(event)
+            elif self._progress:
+                self._progress(event)
+
+        with tempfile.TemporaryDirectory() as temporary:
+            local = Path(temporary)
+            write_json(local / "job.json", {**job, **self._limits})
+            files = {job_path: local / "job.json"}
+            if agent not in self._there:
+                (local / "agent.zip").write_bytes(content)
+                files[agent] = local / "agent.zip"
+            self._transport.put(files)
+            self._there.add(agent)
+            arguments = [self._transport.python, agent, "--attached", command, job_path, result_path]
+            completed = self._transport.run(arguments, on_line=on_line)
+            if not end.get("ok"):
+                raise self._failure(command, completed, end)
+            self._transport.get(result_path, local / "result.json")
+            return read_json(local / "result.json")["result"]
+
+    def _failure(self, command: str, completed: Completed, end: Mapping[str, Any]) -> DeviceError:
+        where = f"{command} on {self._transport.name}"
+        if end:
+            error = end["error"]
+            remedy = f": {error['remedy']}" if error["remedy"] else ""
+            return DeviceError(f"{where} failed: {error['message']}{remedy}", error["kind"])
+        said = completed.stderr.strip().splitlines()
+        reason = said[-1] if said else "it said nothing"
+        return DeviceError(
+            f"{where} failed: the agent ended with status {completed.status}: {reason}", "agent"
+        )
+
+
+def local_session(target: Target, folder: Path | None = None, progress: Progress | None = None) -> Session:
+    """A session with this machine; `folder` is the agent's work folder, by default in the user's cache."""
+    return Session(target, Local(folder or default_folder()), progress)
+
+
+def image_files(dataset: Dataset, folder: Path) -> dict[int, Path]:
+    """Give each image of a data set as a file: image id -> path.
+
+    Still images stay where they are; frames of a video are written into `folder` as PNG.
+    """
+    files = {}
+    for index, sample in enumerate(dataset.samples):
+        path = dataset.root / sample.file_name
+        if not path.is_file():
+            path = folder / (sample.file_name.replace("/", "_").replace("#", "_") + ".png")
+            if not path.is_file():
+                _, encoded = cv2.imencode(".png", dataset.image(index))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_path(path) as temporary:
+                    temporary.write_bytes(encoded.tobytes())
+        files[sample.image_id] = path
+    return files
+
+
+@cache
+def _agent_zip() -> tuple[str, bytes]:
+    """The agent as one file that Python runs, under a name that tells its content."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+
+        def add(name: str, content: bytes) -> None:
+            archive.writestr(
+                zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0)), content
+            )  # same bytes each time
+
+        add(
+            "__main__.py",
+            b"import sys\nfrom edgeprune_device.agent import main\nsys.exit(main(sys.argv[1:]))\n",
+        )
+        for path in sorted((Path(__file__).parent / "device").glob("*.py")):
+            add(f"edgeprune_device/{path.name}", path.read_bytes())
+    content = buffer.getvalue()
+    return f"agent/{hashlib.sha256(content).hexdigest()[:16]}.zip", content

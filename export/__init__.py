@@ -1,0 +1,1 @@
+"""ONNX for a target: export, checks, quantisation."""

@@ -1,0 +1,84 @@
+"""Run an exported model on the host with ONNX Runtime, on the real images of a data set."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from edgeprune.data.dataset import Dataset
+from edgeprune.data.precision import AveragePrecision, ImageDetections, average_precision
+from edgeprune.deploy.device.imaging import Placement, Preprocessing, letterbox, normalise, postprocess
+from edgeprune.export.errors import ExportError
+
+
+class OnnxModel:
+    """An edgeprune ONNX file in ONNX Runtime; what it needs to know of the detector is in the file.
+
+    Attributes:
+        input_size: ``(H, W)``, pixels.
+        preprocessing: how images become the network's input.
+        uint8: whether the file takes the letterboxed BGR image itself, ``(N, H, W, 3)`` uint8.
+
+    Raises:
+        ExportError: If the file cannot be loaded or was not exported by edgeprune.
+    """
+
+    def __init__(self, path: Path) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors only
+        try:
+            self._session = onnxruntime.InferenceSession(
+                path.as_posix(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's errors share no public base class
+            raise ExportError(f"ONNX Runtime cannot load {path}: {error}") from error
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        try:
+            self.preprocessing = Preprocessing.from_json(json.loads(metadata["preprocessing"]))
+            height, width = json.loads(metadata["input_size"])
+        except (KeyError, ValueError) as error:
+            raise ExportError(
+                f"{path} says nothing of its preprocessing ({error}): only files of `edgeprune export` "
+                "can be run on images; export the detector again"
+            ) from error
+        self.input_size = (int(height), int(width))
+        images = self._session.get_inputs()[0]
+        self.uint8 = images.type == "tensor(uint8)"
+        self._batch = images.shape[0] if isinstance(images.shape[0], int) else 1
+
+    def prepare(self, image: np.ndarray) -> tuple[np.ndarray, Placement]:
+        """Turn an image ``(H, W, 3)`` uint8 BGR into this model's input for it, and where it lies in that."""
+        canvas, placement = letterbox(image, self.input_size, self.preprocessing)
+        return (canvas[None] if self.uint8 else normalise(canvas, self.preprocessing)), placement
+
+    def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return boxes ``(M, 4)``, xyxy input pixels, and scores ``(M,)`` for the input of one image."""
+        boxes, scores = self._session.run(["boxes", "scores"], {"images": images.repeat(self._batch, axis=0)})
+        return boxes[0], scores[0]
+
+
+def inputs_of(
+    model: OnnxModel, dataset: Dataset, limit: int | None = None
+) -> Iterator[tuple[int, Any, Placement]]:
+    """Yield image id, the model's input and the image's place in it, for the first `limit` images."""
+    for index, sample in enumerate(dataset.samples[:limit]):
+        yield sample.image_id, *model.prepare(dataset.image(index))
+
+
+def evaluate_model(path: Path, dataset: Dataset) -> AveragePrecision:
+    """AP of an ONNX file on the host, with the thresholds of every AP in this project."""
+    model = OnnxModel(path)
+    found = [
+        detections_of(image_id, model.run(images), placement)
+        for image_id, images, placement in inputs_of(model, dataset)
+    ]
+    return average_precision(dataset, found)
+
+
+def detections_of(image_id: int, outputs: Sequence[np.ndarray], placement: Placement) -> ImageDetections:
+    """Apply threshold and NMS to the outputs of one image."""
+    boxes, scores = postprocess(outputs[0], outputs[1], placement)
+    return ImageDetections(image_id, boxes, scores)

@@ -1,0 +1,118 @@
+"""What pruning hands on: the specification of a narrowed detector and one record per pruning step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from edgeprune.pruning.graph import Network
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one layer with weights costs at batch 1."""
+
+    layer: str
+    params: int
+    macs: int
+    channels: int  # that it produces
+    output_shape: tuple[int, ...]  # without the batch
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a network costs at batch 1. MACs: one multiply-add is one; additions of a bias are not counted."""
+
+    params: int
+    macs: int
+    activation_bytes: int  # peak of what must live at once, float32, executed in order
+    layers: tuple[LayerCost, ...]
+
+
+@dataclass(frozen=True)
+class FineTuneRecord:
+    """What fine-tuning did in one step."""
+
+    epochs: int
+    learning_rate: float
+    best_epoch: int  # 0: before fine-tuning; chosen on held-out training data
+    weights: str  # "raw", "ema" or "before" (rolled back)
+    rolled_back: bool
+    losses: tuple[float, ...]  # mean per epoch
+    select_ap: tuple[float, ...]  # on held-out training data, index 0 before fine-tuning
+
+
+@dataclass(frozen=True)
+class PruningStep:
+    """One iteration: score, remove, fine-tune, evaluate. AP is on the validation data, which decides nothing."""
+
+    iteration: int  # 0 is the unpruned detector
+    criterion: str  # "none" for iteration 0
+    params: int
+    macs: int
+    activation_bytes: int
+    channels: Mapping[str, int]  # layer -> channels it produces now
+    removed: Mapping[str, int]  # layer -> channels removed in this step
+    channels_removed: int  # in this step, over all layers
+    requested_share: float  # of the original parameters, MACs or channels, in all up to this step
+    achieved_share: float
+    importance: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # layer -> min, quartiles, max
+    ap_before: float | None = None  # before this step's fine-tuning
+    ap50_before: float | None = None
+    ap_after: float | None = None
+    ap50_after: float | None = None
+    images: int | None = None  # behind each AP
+    boxes: int | None = None
+    finetune: FineTuneRecord | None = None
+    stopped: str | None = None  # why the run ended here, if it did not reach its last step
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> PruningStep:
+        known = dict(record)
+        if known.get("finetune"):
+            tuned = dict(known["finetune"])
+            tuned["losses"] = tuple(tuned["losses"])
+            tuned["select_ap"] = tuple(tuned["select_ap"])
+            known["finetune"] = FineTuneRecord(**tuned)
+        known["importance"] = {layer: tuple(values) for layer, values in known["importance"].items()}
+        return cls(**known)
+
+
+@dataclass(frozen=True)
+class DetectorSpec:
+    """Enough to rebuild a narrowed detector from its code: no pickled objects, no graph on disk."""
+
+    name: str  # in detectors/registry.py, or package.module:function
+    input_size: tuple[int, int]  # (H, W)
+    classes: tuple[str, ...]
+    preprocessing: Mapping[str, Any]  # Preprocessing.to_json()
+    channels: Mapping[str, int]  # layer -> channels it produces
+    kept: Mapping[str, Sequence[int]]  # layer -> which of its original channels, where some were removed
+    added_biases: tuple[str, ...] = ()  # layers that got a bias to carry the mean of removed channels
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> DetectorSpec:
+        known = dict(record)
+        for name in ("input_size", "classes", "added_biases"):
+            known[name] = tuple(known[name])
+        return cls(**known)
+
+
+@dataclass(frozen=True)
+class PrunedDetector:
+    """A detector at one step. `detector` gives loss, decode and preprocessing; `network` is what runs."""
+
+    spec: DetectorSpec
+    detector: nn.Module
+    network: Network
+    steps: tuple[PruningStep, ...]

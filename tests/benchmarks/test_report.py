@@ -1,0 +1,163 @@
+"""report.json, the tables and report.html, read back as a program, a person and a browser would."""
+
+import csv
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from benchmarks_example import report
+from chromium import browser
+from rich.console import Console
+
+from edgeprune.benchmarks.records import Report
+from edgeprune.benchmarks.report import report_html, write_report
+from edgeprune.benchmarks.summary import headline, row_figures
+from edgeprune.benchmarks.table import COLUMNS, render_csv, render_markdown, render_table
+
+ROW_NAMES = [
+    "iteration",
+    "criterion",
+    "params",
+    "macs",
+    "channels_removed",
+    "ap_before",
+    "ap50_before",
+    "ap_after",
+    "ap50_after",
+    "device_ap",
+    "device_ap50",
+    "latency_engine_p50_ms",
+    "latency_engine_p90_ms",
+    "latency_engine_p99_ms",
+    "latency_end_to_end_p50_ms",
+    "fps",
+    "model_size_bytes",
+]
+
+
+@pytest.fixture(scope="module")
+def example() -> Report:
+    return report()
+
+
+def test_report_json_has_the_promised_names(example: Report, tmp_path: Path) -> None:
+    """report.json bears every field name that readers rely on, with one row an iteration."""
+    _, path = write_report(example, tmp_path)
+    content = json.loads(path.read_text())
+    assert content["schema_version"] == 1
+    assert (content["device"]["target"], content["device"]["backend"]) == ("host", "onnxruntime")
+    assert [row["iteration"] for row in content["rows"]] == list(range(11))
+    for row in content["rows"]:
+        assert set(ROW_NAMES) <= row.keys()
+    assert content["headline"]["text"] == headline(example).text
+
+
+def test_unmeasured_is_null_and_says_so(tmp_path: Path) -> None:
+    """Without a benchmark the JSON holds null, the tables hold "not measured", and nothing shows 0."""
+    unmeasured = report(2, [None, None])
+    _, path = write_report(unmeasured, tmp_path)
+    content = json.loads(path.read_text())
+    assert content["device"] is None
+    assert all(row["fps"] is None and row["device_ap"] is None for row in content["rows"])
+    figures = row_figures(unmeasured)
+    assert [column.text(figures[1]) for column in COLUMNS[6:11]] == ["not measured"] * 5
+    assert render_markdown(figures).count("not measured") == 10
+    assert "not measured" in report_html(unmeasured)
+
+
+def test_terminal_table_shows_the_same_numbers(example: Report) -> None:
+    """The terminal's table shows the figures of report.json, one row an iteration."""
+    console = Console(width=400, record=True, file=io.StringIO())
+    console.print(render_table(row_figures(example), "caption"))
+    lines = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in console.export_text().splitlines()
+        if line.startswith("│")
+    ]
+    assert len(lines) == 11
+    last = row_figures(example)[-1]
+    assert lines[-1][:4] == ["10", "570,000", "190.0 M", str(last["channels_removed"])]
+    assert lines[-1][7] == f"{last['device_ap50']:.3f}"
+    assert lines[-1][8].split(" / ")[2] == f"{last['latency_engine_p99_ms']:.2f}"
+    assert lines[-1][11] == "2.30"  # 2,300,000 bytes
+
+
+def test_csv_and_markdown_read_back(example: Report) -> None:
+    """CSV holds each figure in full under its name; Markdown has one line a row and a cell a column."""
+    figures = row_figures(example)
+    read = list(csv.DictReader(io.StringIO(render_csv(figures))))
+    assert [float(row["latency_engine_p50_ms"]) for row in read] == [
+        row["latency_engine_p50_ms"] for row in figures
+    ]
+    assert read[0]["params"] == "950000"
+    lines = render_markdown(figures).splitlines()
+    assert len(lines) == 13
+    assert {line.count("|") for line in lines} == {len(COLUMNS) + 1}
+
+
+class _Attributes(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "data")]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+
+
+def test_the_page_is_one_file(example: Report) -> None:
+    """The page loads nothing: every reference is to itself, there is no script, and no id occurs twice."""
+    html = report_html(example)
+    parser = _Attributes()
+    parser.feed(html)
+    assert [link for link in parser.links if not link.startswith(("#", "data:"))] == []
+    assert {link[1:] for link in parser.links if link.startswith("#")} <= set(parser.ids)
+    assert "script" not in parser.tags
+    assert re.findall(r"(?:@import|url\()\s*(?!#)['\"]?\w+:", html) == []
+    assert len(parser.ids) == len(set(parser.ids))
+
+
+def test_text_from_outside_is_text() -> None:
+    """Markup in a run's name, a command or a board's name is shown, not obeyed."""
+    attack = "<img src=x onerror=alert(1)>"
+    html = report_html(Report(attack, report(2).rows, {"command": attack}))
+    assert attack not in html
+    assert html.count("&lt;img src=x") >= 2
+
+
+def test_the_same_report_gives_the_same_page(example: Report) -> None:
+    """Nothing random and no clock is in the page: a report made again differs in no byte."""
+    assert report_html(example) == report_html(example)
+
+
+@pytest.mark.parametrize(
+    "rows", [report(11), report(2, [None, None]), report(1)], ids=["full", "unmeasured", "single"]
+)
+def test_in_a_browser(rows: Report, tmp_path: Path) -> None:
+    """No console error, no sideways scrolling at 390 and 1280 px in light and dark, under 1 s and 3 MB."""
+    page, _ = write_report(rows, tmp_path)
+    assert page.stat().st_size < 3_000_000
+    with browser(tmp_path / "profile") as tab:
+        for width in (390, 1280):
+            for dark in (False, True):
+                tab.open(page, width, dark)
+                assert tab.evaluate("innerWidth") == width
+                assert tab.evaluate("document.documentElement.scrollWidth") == width
+                assert tab.evaluate(OVERFLOWING) == []
+                background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+                assert (sum(int(part) for part in re.findall(r"\d+", background)[:3]) < 384) == dark
+        assert tab.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd") < 1000
+        assert tab.console == []
+
+
+OVERFLOWING = """
+[...document.querySelectorAll('td, th, dd, dt, b, span, small, p, h1, h2, h3, figure, figcaption')]
+  .filter(e => e.clientWidth > 1 && e.scrollWidth > e.clientWidth + 1)
+  .map(e => e.outerHTML.slice(0, 80))
+"""

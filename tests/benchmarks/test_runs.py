@@ -1,0 +1,106 @@
+"""A run folder, whole or half done, read into a report."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks_example import report, result, step
+
+from edgeprune.benchmarks.errors import BenchmarkError
+from edgeprune.benchmarks.records import Device
+from edgeprune.benchmarks.runs import load_report
+from edgeprune.export.model import Batch, ExportedModel
+
+
+def write(path: Path, record: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Three steps, all measured."""
+    folder = tmp_path / "night"
+    write(folder / "run.json", {"config": {"target": "host"}})
+    for iteration in range(3):
+        inside = folder / f"step-{iteration:02d}"
+        steps = [step(i).to_json() for i in range(iteration + 1)]
+        write(inside / "detector.json", {"spec": {}, "steps": steps})
+        row = report(3).rows[iteration]
+        assert row.model_size_bytes is not None
+        model = ExportedModel(
+            inside / "model.onnx",
+            f"{iteration:064x}",
+            row.model_size_bytes,
+            13,
+            8,
+            "fp32",
+            Batch(),
+            (),
+            (),
+            9,
+            8,
+        )
+        write(inside / "export.json", model.to_json())
+        write(inside / "benchmark.json", result(iteration).to_json())
+    return folder
+
+
+def test_a_run_folder_reads_back(run: Path) -> None:
+    """Steps, sizes and benchmarks come back as they were written, named after the folder."""
+    found = load_report(run)
+    assert found.name == "night"
+    assert asdict(found)["rows"] == asdict(report(3))["rows"]
+    assert found.provenance == {"config": {"target": "host"}}
+
+
+def test_what_is_not_done_is_not_measured(run: Path) -> None:
+    """A step that is not exported or not measured has its pruning statistics alone."""
+    (run / "step-01" / "benchmark.json").unlink()
+    (run / "step-02" / "export.json").unlink()
+    rows = load_report(run).rows
+    assert [row.result is None for row in rows] == [False, True, True]
+    assert [row.model_size_bytes is None for row in rows] == [False, False, True]
+
+
+def test_a_benchmark_of_another_model_does_not_count(run: Path) -> None:
+    """After a new export the old benchmark is of another model: not measured."""
+    write(run / "step-01" / "benchmark.json", replace(result(1), model_sha256="0" * 64).to_json())
+    assert [row.result is None for row in load_report(run).rows] == [False, True, False]
+
+
+def test_two_devices_are_no_comparison(run: Path) -> None:
+    """Steps measured on different devices are refused, with what to do."""
+    other = Device("jetson-nano", "tensorrt", "NVIDIA Jetson Nano Developer Kit")
+    write(run / "step-01" / "benchmark.json", result(1, device=other).to_json())
+    with pytest.raises(BenchmarkError, match="edgeprune bench"):
+        load_report(run)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("run.json", None, "is no run folder"),
+        ("step-00/detector.json", {"steps": []}, "prune the run again"),
+        ("step-00/detector.json", [], "prune the run again"),
+        ("step-01/benchmark.json", {"model_sha256": 1}, "measure it again"),
+    ],
+)
+def test_damage_is_said(run: Path, file: str, content: Any, message: str) -> None:
+    """A missing or damaged record is one error that names the file or folder and what to do."""
+    if content is None:
+        (run / file).unlink()
+    else:
+        write(run / file, content)
+    with pytest.raises(BenchmarkError, match=message) as caught:
+        load_report(run)
+    assert str(run) in str(caught.value)
+
+
+def test_an_empty_run_says_so(tmp_path: Path) -> None:
+    """A run that has not finished its first step cannot be reported."""
+    write(tmp_path / "run.json", {})
+    with pytest.raises(BenchmarkError, match="no step yet"):
+        load_report(tmp_path)

@@ -1,0 +1,119 @@
+"""Figures and headline of a report whose numbers were chosen by hand."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from benchmarks_example import HOST, report, result
+
+from edgeprune.benchmarks.errors import BenchmarkError
+from edgeprune.benchmarks.records import BenchmarkResult, Block, Device, Report
+from edgeprune.benchmarks.statistics import summarise
+from edgeprune.benchmarks.summary import headline, row_figures
+
+JETSON = Device("jetson-nano", "tensorrt", "NVIDIA Jetson Nano Developer Kit")
+
+
+def steady(iteration: int, engine_ms: float, blocks: int = 10) -> BenchmarkResult:
+    """Every run takes the same time."""
+    samples = {"engine": (engine_ms,) * 4, "end_to_end": (engine_ms + 2,) * 4}
+    return replace(
+        result(iteration),
+        latencies=tuple(summarise(ms * blocks, scope) for scope, ms in samples.items()),
+        blocks=tuple(Block(k, k, k + 0.5, samples) for k in range(blocks)),
+    )
+
+
+def test_what_was_not_measured_is_none() -> None:
+    """A run without benchmarks has its pruning figures, and None, not 0, for everything of the device."""
+    figures = row_figures(report(3, [None] * 3))
+    assert [row["params"] for row in figures] == [950_000, 912_000, 874_000]
+    for row in figures:
+        measured = [
+            name for name in row if name.startswith(("latency", "device", "fps")) and row[name] is not None
+        ]
+        assert measured == []
+    assert headline(report(3, [None] * 3)).text == (
+        "Iteration 2 against the unpruned detector: "
+        "8.0 % fewer parameters (950,000 → 874,000; 7.3 % fewer MACs); "
+        "not measured latency (no benchmark of both steps); "
+        "\N{MINUS SIGN}0.006 AP50 on the host (0.601 → 0.595; AP 0.302 → 0.298). "
+        "Device: not measured. Latency not measured."
+    )
+
+
+def test_headline_by_hand() -> None:
+    """From 12 ms to 8 ms is 1.50 times as fast, from 950,000 to 912,000 parameters 4.0 % fewer."""
+    text = headline(report(2, [steady(0, 12.0), steady(1, 8.0)])).text
+    assert text == (
+        "Iteration 1 against the unpruned detector: "
+        "4.0 % fewer parameters (950,000 → 912,000; 3.7 % fewer MACs); "
+        "1.50\N{MULTIPLICATION SIGN} as fast (engine p50 12.00 → 8.00 ms; 95 % interval 1.50 to 1.50); "
+        "\N{MINUS SIGN}0.003 AP50 on the device (0.600 → 0.597; AP 0.301 → 0.299). "
+        "target: host · backend: onnxruntime on the CPU · board: x86_64 example processor. "
+        "Batch 1, fp32, 40 runs a step in 10 blocks interleaved over all steps."
+    )
+
+
+def test_no_difference_is_said() -> None:
+    """When the interval of the ratio holds 1, the headline says that no difference was shown."""
+    same = replace(result(0), model_sha256="other")
+    assert headline(report(2, [result(0), same])).faster.what == "as fast, no difference shown"
+    assert headline(report(2, [steady(0, 12.0, 3), steady(1, 8.0, 3)])).faster.detail.endswith(
+        "for an interval"
+    )
+
+
+def test_fps_is_of_the_whole_way() -> None:
+    """8 ms in the engine and 10 ms end to end are 100 FPS, not 125."""
+    assert row_figures(report(1, [steady(0, 8.0)]))[0]["fps"] == pytest.approx(100)
+
+
+def test_invalid_blocks_do_not_count() -> None:
+    """A throttled block, ten times slower, moves the ratio only when it is not marked."""
+    slow = Block(99, 99.0, 99.5, {"engine": (120.0,) * 4})
+    first, last = steady(0, 12.0), steady(1, 8.0)
+    first = replace(first, blocks=(*first.blocks, Block(99, 99.0, 99.5, {"engine": (12.0,) * 4})))
+    ratios = [
+        row_figures(report(2, [first, replace(last, blocks=(*last.blocks, block))]))[1][
+            "latency_engine_ratio"
+        ]
+        for block in (slow, replace(slow, invalid="the clock fell"))
+    ]
+    assert ratios[1] == pytest.approx(2 / 3)
+    assert ratios[0] > 0.8
+
+
+def test_channels_removed_is_what_is_gone() -> None:
+    """The column counts channels gone since the unpruned detector, beside what the step itself removed."""
+    first, second, third = row_figures(report(3))
+    assert first["channels_removed"] == 0
+    assert second["channels_removed_this_step"] == second["channels_removed"]
+    assert third["channels_removed"] == second["channels_removed"] + third["channels_removed_this_step"]
+
+
+def test_a_cpu_is_never_shown_as_a_jetson_gpu() -> None:
+    """The device line names target, backend and board, and says CPU where a CPU ran the engine."""
+    on_cpu = replace(JETSON, backend="onnxruntime")
+    assert on_cpu.line == (
+        "target: jetson-nano · backend: onnxruntime on the CPU · board: NVIDIA Jetson Nano Developer Kit"
+    )
+    assert "tensorrt on the GPU" in JETSON.line
+
+
+def test_one_report_has_one_device() -> None:
+    """Rows of two devices do not make one report, and no rows make none."""
+    with pytest.raises(ValueError, match="one device"):
+        report(2, [result(0, device=HOST), result(1, device=JETSON)])
+    with pytest.raises(ValueError, match="at least"):
+        Report("empty", (), {})
+
+
+def test_records_read_back() -> None:
+    """A benchmark written as JSON reads back equal; a damaged one is refused with what to do."""
+    measured = result(3)
+    record = json.loads(json.dumps(measured.to_json()))
+    assert BenchmarkResult.from_json(record) == measured
+    for damage in ({"latencies": [{}]}, {"device": {}}, {"more": 1}, {"blocks": None}):
+        with pytest.raises(BenchmarkError, match="measure the step again"):
+            BenchmarkResult.from_json({**record, **damage})

@@ -1,16 +1,19 @@
 """Which units go: the least important first, until the budget is met and not one further.
 
-Units are taken in one fixed order that does not depend on how much is asked, so a higher request removes the same units
-and then more. Costs are exact at every moment (`counting.Terms`), so a budget in parameters, MACs or channels is met
-to the last unit.
+Units are taken in one fixed order that does not depend on how much is asked, so a higher request removes the
+same units and then more. Costs are exact at every moment (`counting.Terms`), so a budget in parameters, MACs
+or channels is met to the last unit.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from edgeprune.data.errors import EdgePruneError
 from edgeprune.pruning.counting import Terms, channel_terms, mac_terms, parameter_terms
@@ -80,62 +83,64 @@ def choose(
     Args:
         scores: importance by unit id.
         cost: what `goal` counts: "params", "macs" or "channels".
-        per: "params" or "macs" ranks by importance for what a unit's removal alone saves now; "none" by importance.
+        per: "params" or "macs" ranks by importance for what a unit's removal alone saves now, "none" by
+            importance.
         original: channels of each layer before any pruning.
 
     Raises:
         BudgetError: If the cost is above `goal` and nothing can be removed.
     """
-    terms = COSTS[cost](groups)
+    goal = math.floor(goal * (1 + 1e-12))  # costs are whole; 59.999999999999996 asks for 60
     savings = None if per == "none" else _savings(COSTS[per](groups))
     ledger = _Ledger(groups, limits, original)
-    spent = _Spending(terms)
+    spent = _Spending(COSTS[cost](groups))
     bundles = [
-        (key, index, place, units)
+        (rank, index, place, units)
         for index, group in enumerate(groups.groups)
-        for place, (key, units) in enumerate(_bundles(group, scores, savings, ledger, limits.channel_multiple))
+        for place, (rank, units) in enumerate(_bundles(group, scores, savings, ledger))
     ]
     removed: list[int] = []
-    closed: set[int] = set()
-    for _, index, _, units in sorted(bundles):
+    for _, _, _, units in sorted(bundles):
         if spent.total <= goal:
             break
-        if index in closed:
-            continue
-        if not ledger.take(units):
-            closed.add(index)
-            continue
-        removed += units
-        spent.take(units)
+        if ledger.take(units):
+            removed += units
+            spent.take(units)
     stopped = None
     if spent.total > goal:
-        binding = ", ".join(sorted(ledger.binding)) or "every removable channel is gone"
-        stopped = f"{spent.total:,.0f} {cost} are left where {goal:,.0f} were asked: {binding}"
+        binding = ", ".join(sorted(ledger.binding)) or "there is no other removable channel"
+        stopped = f"{spent.total:,.0f} {cost} are left where {goal:,} were asked: {binding}"
         if not removed:
-            protected = "; ".join(f"{layer}: {reason}" for layer, reason in list(groups.protected.items())[:5])
-            raise BudgetError(f"nothing can be removed: {stopped}" + (f"; kept whole: {protected}" if protected else ""))
+            whole = list(groups.protected.items())
+            kept = "; ".join(f"{layer} ({reason})" for layer, reason in whole[:5])
+            more = f" and {len(whole) - 5} more" if len(whole) > 5 else ""
+            raise BudgetError(
+                f"nothing can be removed: {stopped}" + (f"; kept whole: {kept}{more}" if kept else "")
+            )
     return Choice(tuple(sorted(removed)), spent.total, stopped)
 
 
 def _bundles(
-    group: Group, scores: Scores, savings: Mapping[int, float] | None, ledger: _Ledger, multiple: int
+    group: Group, scores: Scores, savings: Mapping[int, float] | None, ledger: _Ledger
 ) -> list[tuple[float, tuple[int, ...]]]:
-    """Units of a group in the order of removal, in bundles that bring its layers to multiples, each with its rank."""
+    """Units of a group in the order of removal, in bundles that bring its layers to multiples, each with its
+    rank; what fills no bundle stays."""
+    multiple = ledger.limits.channel_multiple
     order = sorted(group.units, key=lambda unit: (_rank([unit], scores, savings), unit))
-    bundles: list[tuple[float, tuple[int, ...]]] = []
     left = {layer: ledger.channels[layer] for layer in group.layers}
+    bundles: list[tuple[float, tuple[int, ...]]] = []
     pending: list[int] = []
     rank = 0.0
     for unit in order:
         pending.append(unit)
-        for layer, channels in ledger.taken_by(unit).items():
-            if layer in left:
-                left[layer] -= channels
+        for layer, channels in ledger.members[unit].items():
+            left[layer] -= channels
         if all(count % multiple == 0 for count in left.values()):
-            # Never before what comes first in the same group.
-            rank = max(rank, _rank(pending, scores, savings))
+            rank = max(rank, _rank(pending, scores, savings))  # never before what comes first in its group
             bundles.append((rank, tuple(pending)))
             pending = []
+    if pending:
+        ledger.binding.add(f"--channel-multiple {multiple}")
     return bundles
 
 
@@ -163,11 +168,9 @@ class _Spending:
         self.values = np.array([self._value(term, self.sizes) for term in range(len(terms.factors))])
         self.total = float(self.values.sum())
 
-    def _value(self, term: int, sizes: np.ndarray) -> float:  # type: ignore[type-arg]
-        value = float(self.terms.coefficients[term])
-        for factor in self.terms.factors[term]:
-            value *= int(sizes[factor])
-        return value
+    def _value(self, term: int, sizes: npt.NDArray[np.int64]) -> float:
+        kept = (int(sizes[factor]) for factor in self.terms.factors[term])
+        return float(self.terms.coefficients[term] * math.prod(kept))
 
     def _touched(self, unit: int) -> set[int]:
         return {term for factor in self.terms.members[unit] for term in self.of_factor.get(factor, [])}
@@ -176,7 +179,7 @@ class _Spending:
         sizes = self.sizes.copy()
         for factor, positions in self.terms.members[unit].items():
             sizes[factor] -= positions
-        return sum(self.values[term] - self._value(term, sizes) for term in self._touched(unit))
+        return sum(float(self.values[term]) - self._value(term, sizes) for term in self._touched(unit))
 
     def take(self, units: tuple[int, ...]) -> None:
         touched: set[int] = set()
@@ -193,53 +196,45 @@ class _Ledger:
     """How many channels each layer, and each tensor, has left, and what may still go."""
 
     def __init__(self, groups: Groups, limits: Limits, original: Mapping[str, int]) -> None:
+        self.limits = limits
         self.binding: set[str] = set()
-        self.channels: dict[str, int] = {}
-        self.floor: dict[str, tuple[int, str]] = {}
-        self.members: dict[int, dict[str, int]] = {}
-        for producer in groups.producers:
-            ids = groups.axes[producer.weight, producer.axis]
-            self.channels[producer.layer] = len(ids)
-            by_ratio = original[producer.layer] - int(original[producer.layer] * limits.max_layer_ratio + 1e-9)
-            lowest = max(limits.min_channels, by_ratio, limits.channel_multiple)
-            reason = (
-                f"--max-layer-ratio {limits.max_layer_ratio:g}"
-                if by_ratio == lowest
-                else f"--channel-multiple {limits.channel_multiple}"
-                if limits.channel_multiple == lowest > 1
-                else f"--min-channels {limits.min_channels}"
+        self.channels = {layer: len(ids) for layer, ids in groups.outputs.items()}
+        self.members: dict[int, dict[str, int]] = {unit: {} for unit in range(1, groups.units + 1)}
+        multiple = limits.channel_multiple
+        self.floors: dict[str, tuple[int, str]] = {}  # the highest, and the option that sets it
+        for layer, ids in groups.outputs.items():
+            by_ratio = original[layer] - math.floor(original[layer] * limits.max_layer_ratio + 1e-9)
+            self.floors[layer] = max(
+                (limits.min_channels, f"--min-channels {limits.min_channels}"),
+                (by_ratio, f"--max-layer-ratio {limits.max_layer_ratio:g}"),
+                (multiple if multiple > 1 else 0, f"--channel-multiple {multiple}"),
             )
-            self.floor[producer.layer] = (lowest, reason)
-            for unit, positions in zip(*np.unique(ids, return_counts=True), strict=True):
-                self.members.setdefault(int(unit), {})[producer.layer] = int(positions)
-        self.pieces: dict[int, list[int]] = {}
+            for unit, channels in zip(*np.unique(ids[ids > 0], return_counts=True), strict=True):
+                self.members[int(unit)][layer] = int(channels)
         self.left = [len(piece) for piece in groups.pieces]
+        self.pieces: dict[int, list[int]] = {}
         for index, piece in enumerate(groups.pieces):
             for unit in piece:
                 self.pieces.setdefault(int(unit), []).append(index)
 
-    def taken_by(self, unit: int) -> Mapping[str, int]:
-        return self.members.get(unit, {})
-
     def take(self, units: tuple[int, ...]) -> bool:
         """Take all of them, or none and note which limit forbids it."""
-        layers: dict[str, int] = {}
-        pieces: dict[int, int] = {}
+        layers = Counter[str]()
         for unit in units:
-            for layer, channels in self.taken_by(unit).items():
-                layers[layer] = layers.get(layer, 0) + channels
-            for piece in self.pieces.get(unit, []):
-                pieces[piece] = pieces.get(piece, 0) + 1
-        for layer, channels in layers.items():
-            floor, reason = self.floor[layer]
-            if self.channels[layer] - channels < floor:
-                self.binding.add(reason)
-                return False
-        if any(self.left[piece] - count < 1 for piece, count in pieces.items()):
-            self.binding.add("a tensor needs one channel")
-            return False
-        for layer, channels in layers.items():
-            self.channels[layer] -= channels
-        for piece, count in pieces.items():
-            self.left[piece] -= count
-        return True
+            layers.update(self.members[unit])
+        pieces = Counter(piece for unit in units for piece in self.pieces.get(unit, []))
+        against = {
+            self.floors[layer][1]
+            for layer, channels in layers.items()
+            if self.channels[layer] - channels < self.floors[layer][0]
+        }
+        multiple = self.limits.channel_multiple
+        if any((self.channels[layer] - channels) % multiple for layer, channels in layers.items()):
+            against.add(f"--channel-multiple {multiple}")  # an earlier bundle of the group had to stay
+        if not against and any(self.left[piece] == count for piece, count in pieces.items()):
+            against.add("every tensor needs a channel")
+        self.binding |= against
+        if not against:
+            self.channels = {layer: count - layers[layer] for layer, count in self.channels.items()}
+            self.left = [count - pieces[piece] for piece, count in enumerate(self.left)]
+        return not against

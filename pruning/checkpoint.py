@@ -6,10 +6,13 @@ the weights. Nothing is unpickled.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -46,6 +49,8 @@ def describe(name: str, detector: Detector, network: Network) -> DetectorSpec:
         channels={layer.layer: layer.channels for layer in count(network).layers},
         kept=dict(network.kept),
         added_biases=network.added_biases,
+        frozen=tuple(name for name, value in network.named_parameters() if not value.requires_grad),
+        variant=dict(getattr(detector, "variant", {})),
     )
 
 
@@ -58,15 +63,20 @@ def save_step(folder: Path, pruned: PrunedDetector) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     names = {name for name, _ in tensors(pruned.network)}
     # What decoding needs beside the network: tensors of the detector that its forward pass does not use.
-    beside = {f"detector.{name}": value for name, value in pruned.detector.state_dict().items() if name not in names}
-    state = {name: value.detach().cpu().contiguous() for name, value in [*tensors(pruned.network), *beside.items()]}
+    beside = {
+        f"detector.{name}": value for name, value in pruned.detector.state_dict().items() if name not in names
+    }
+    state = {
+        name: value.detach().cpu().contiguous() for name, value in [*tensors(pruned.network), *beside.items()]
+    }
+    spec = pruned.spec.to_json()
     with atomic_path(folder / WEIGHTS) as path:
-        save_file(state, path)
+        save_file(state, path, {"spec_sha256": _sha256_of_json(spec)})
     write_json(
         folder / RECORD,
         {
             "schema_version": SCHEMA_VERSION,
-            "spec": pruned.spec.to_json(),
+            "spec": spec,
             "steps": [step.to_json() for step in pruned.steps],
             "weights_sha256": sha256_of(folder / WEIGHTS),
         },
@@ -79,38 +89,56 @@ def load_step(folder: Path) -> PrunedDetector:
     Raises:
         StepError: If files are missing, damaged or do not belong together.
     """
-    record = read_json(folder / RECORD)
+    try:
+        record = read_json(folder / RECORD)
+    except EdgePruneError as error:
+        raise StepError(str(error)) from error
     try:
         if record["schema_version"] != SCHEMA_VERSION:
-            raise StepError(f"{folder / RECORD} was written by another edgeprune (schema {record['schema_version']})")
+            raise StepError(
+                f"{folder / RECORD} was written by another edgeprune (schema {record['schema_version']})"
+            )
         spec = DetectorSpec.from_json(record["spec"])
         steps = tuple(PruningStep.from_json(step) for step in record["steps"])
         expected = record["weights_sha256"]
     except (KeyError, TypeError, AttributeError) as error:
         raise StepError(f"{folder / RECORD} is damaged ({error!r}); prune again") from error
-    state = _read_weights(folder / WEIGHTS, expected)
-    detector = build_detector(spec.name, spec.input_size, spec.classes)
+    state = _read_weights(folder / WEIGHTS, expected, _sha256_of_json(record["spec"]))
+    detector = build_detector(spec.name, spec.input_size, spec.classes, spec.variant)
     network = trace_detector(detector, spec.input_size)
     try:
         network = replay(find_groups(network), spec.kept, spec.added_biases)
         own = {name: value for name, value in state.items() if not name.startswith("detector.")}
         network.load_state_dict(own, strict=True)
-        beside = {name.removeprefix("detector."): v for name, v in state.items() if name.startswith("detector.")}
+        beside = {
+            name.removeprefix("detector."): v for name, v in state.items() if name.startswith("detector.")
+        }
         detector.load_state_dict(beside, strict=False)
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise StepError(f"{folder}: weights and specification do not fit {spec.name}: {reason}") from error
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name not in spec.frozen)
     detector.eval()
     network.eval()
     return PrunedDetector(spec, detector, network, steps)
 
 
-def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
+def _sha256_of_json(record: Any) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _read_weights(path: Path, sha256: str, spec_sha256: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise StepError(f"{path} is missing; prune again")
     if sha256_of(path) != sha256:
         raise StepError(f"{path} is not the file that {RECORD} describes (sha256 differs); prune again")
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        state: dict[str, Tensor] = load_file(path)
     except SafetensorError as error:
         raise StepError(f"{path} is damaged ({error}); prune again") from error
+    if metadata.get("spec_sha256") != spec_sha256:
+        raise StepError(f"{path} belongs to another specification than the one in {RECORD}; prune again")
+    return state

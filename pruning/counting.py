@@ -1,47 +1,48 @@
 """What a network costs: parameters, MACs and the activations that must live at once, all at batch 1.
 
-`Terms` writes parameters and MACs as sums of products of kept channel counts, so that the budget can follow the exact
-cost of a removal without building the narrowed network.
+`Terms` writes parameters and MACs as sums of products of kept channel counts, so that the budget can follow
+the exact cost of a removal without building the narrowed network.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, fx
 
-from edgeprune.pruning.graph import BATCH, Network, layer_of, shapes, tensors
-from edgeprune.pruning.groups import Groups, Labels, argument
+from edgeprune.pruning.graph import BATCH, Network, argument, layer_of, operation, shapes
+from edgeprune.pruning.groups import Groups
+from edgeprune.pruning.labels import by_position
 from edgeprune.pruning.records import Cost, LayerCost
-
-_PRODUCTS = ("matmul", "bmm", "mm", "scaled_dot_product_attention")
 
 
 def count(network: Network) -> Cost:
-    """Parameters, MACs and peak activation memory; also of functional operations, which module hooks do not see."""
+    """Parameters, MACs and peak activation memory; also of functional operations, without module hooks.
+
+    Recurrent layers are not counted.
+    """
     values = shapes(network)
     parameters = dict(network.named_parameters())
     layers: dict[str, LayerCost] = {}
     macs = 0
     for node in network.graph.nodes:
-        used = _macs(node, values)
-        if used is None:
-            continue
+        used = sum(product.macs for product in _products(node, values))
         macs += used
-        weight = _weight_of(node)
-        if weight is not None:
-            layer = layer_of(weight)
-            own = sum(value.numel() for name, value in parameters.items() if layer_of(name) == layer)
-            shape = tuple(values[node].shape[1:])
-            before = layers.get(layer)
-            channels = shape[-1] if _name(node) in ("linear", *_PRODUCTS) else shape[0]
-            layers[layer] = LayerCost(layer, own, used + (before.macs if before else 0), channels, shape)
+        weight = _weight_of(node) if used else None
+        if weight in parameters:
+            layer, shape = layer_of(weight), tuple(values[node].shape[1:])
+            own = {str(source.target) for source in node.all_input_nodes if source.op == "get_attr"}
+            params = sum(parameters[name].numel() for name in own if name in parameters)
+            before = layers[layer].macs if layer in layers else 0
+            channels = shape[0] if operation(node).startswith("conv") else shape[-1]
+            layers[layer] = LayerCost(layer, params, before + used, channels, shape)
     total = sum(value.numel() for value in parameters.values())
     return Cost(total, macs, _peak_bytes(network, values), tuple(layers.values()))
 
@@ -50,7 +51,8 @@ def count(network: Network) -> Cost:
 class Terms:
     """Cost = sum over terms of coefficient x product of the kept counts of its factors.
 
-    A factor is a set of channels (an axis of a tensor); `members[f, u]` says how many of its positions unit u takes.
+    A factor is a set of channels (an axis of a tensor); `members[f, u]` says how many of its positions unit u
+    takes.
     """
 
     coefficients: npt.NDArray[np.float64]  # (terms,)
@@ -61,7 +63,10 @@ class Terms:
     def total(self, sizes: npt.NDArray[np.int64] | None = None) -> float:
         kept = self.sizes if sizes is None else sizes
         return float(
-            sum(c * math.prod(int(kept[f]) for f in fs) for c, fs in zip(self.coefficients, self.factors, strict=True))
+            sum(
+                c * math.prod(int(kept[f]) for f in fs)
+                for c, fs in zip(self.coefficients, self.factors, strict=True)
+            )
         )
 
 
@@ -80,27 +85,25 @@ def mac_terms(groups: Groups) -> Terms:
     build = _TermBuilder(groups)
     values = shapes(groups.network)
     for node in groups.network.graph.nodes:
-        used = _macs(node, values)
-        if not used:
-            continue
-        axes: list[npt.NDArray[np.int64]] = []
-        weight = _weight_of(node)
-        if weight is not None:
-            shape = dict(tensors(groups.network))[weight].shape
-            axes = [groups.axes[weight, axis] for axis in range(len(shape)) if (weight, axis) in groups.axes]
-        elif isinstance(groups.nodes.get(node), Labels):
-            labels = groups.nodes[node]
-            varying = [axis for axis, size in enumerate(labels.array.shape) if size > 1]
-            axes = [labels.array.ravel()] if varying else []
-        build.add(used / math.prod(len(ids) for ids in axes), axes)
+        for product in _products(node, values):
+            axes = [ids for source, dim in product.axes if (ids := _units(groups, source, dim)) is not None]
+            build.add(product.macs / math.prod(len(ids) for ids in axes), axes)
     return build.terms()
+
+
+def _units(groups: Groups, source: fx.Node, dim: int) -> npt.NDArray[np.int64] | None:
+    """Unit ids along an axis; None if it loses nothing."""
+    if source.op == "get_attr":
+        return groups.axes.get((str(source.target), dim))
+    labels = groups.nodes[source]
+    return by_position(labels.array, dim)[:, 0] if labels.array.shape[dim] > 1 else None
 
 
 def channel_terms(groups: Groups) -> Terms:
     """The number of channels that layers produce, as a function of the units kept."""
     build = _TermBuilder(groups)
-    for producer in groups.producers:
-        build.add(1.0, [groups.axes[producer.weight, producer.axis]])
+    for ids in groups.outputs.values():
+        build.add(1.0, [ids])
     return build.terms()
 
 
@@ -128,12 +131,11 @@ class _TermBuilder:
 
     def terms(self) -> Terms:
         return Terms(
-            np.asarray(self.coefficients), tuple(self.factors), np.asarray(self.sizes, dtype=np.int64), self.members
+            np.asarray(self.coefficients),
+            tuple(self.factors),
+            np.asarray(self.sizes, dtype=np.int64),
+            self.members,
         )
-
-
-def _name(node: fx.Node) -> str:
-    return str(getattr(getattr(node.target, "_schema", None), "name", "")).removeprefix("aten::")
 
 
 def _weight_of(node: fx.Node) -> str | None:
@@ -144,31 +146,61 @@ def _weight_of(node: fx.Node) -> str | None:
     return None
 
 
-def _macs(node: fx.Node, values: Mapping[fx.Node, object]) -> int | None:
-    """Multiply-adds of one operation for one image; None for what has none."""
-    name = _name(node)
-    result = values.get(node)
-    if not isinstance(result, Tensor):
-        return None
-    source = values[node.args[0]] if node.args and isinstance(node.args[0], fx.Node) else None
+class _Product(NamedTuple):
+    """Multiply-adds of a sum of products for one image, and the axes whose sizes they are proportional to."""
+
+    macs: int
+    axes: tuple[tuple[fx.Node, int], ...]
+
+
+def _products(node: fx.Node, values: Mapping[Any, Any]) -> list[_Product]:
+    name = operation(node)
     if name.startswith("conv"):
-        weight = argument(node, "weight")
-        shape = values[weight].shape  # type: ignore[attr-defined]
-        assert isinstance(source, Tensor)
-        positions = source if "transpose" in name else result  # each is multiplied with the whole kernel once
-        return positions[:1].numel() * math.prod(shape[1:])
+        weight, result = argument(node, "weight"), values[node]
+        # Each position is multiplied with the whole kernel once: of the input, if transposed.
+        positions = values[node.args[0]] if "transpose" in name else result
+        shape = values[weight].shape
+        return [_Product(positions[:1].numel() * math.prod(shape[1:]), _axes(weight, shape))]
     if name == "linear":
-        assert isinstance(source, Tensor)
-        return result.numel() // BATCH * source.shape[-1]
+        weight = argument(node, "weight")
+        shape = values[weight].shape
+        return [_Product(values[node].numel() // BATCH * shape[1], _axes(weight, shape))]
+    if name in ("matmul", "bmm", "mm", "addmm", "baddbmm"):
+        left, right = node.args[-2:]
+        assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
+        summed = (left, values[left].dim() - 1)
+        axes = (
+            _axes(right, values[right].shape)
+            if right.op == "get_attr"
+            else (*_axes(node, values[node].shape), summed)
+        )
+        return [_Product(values[node].numel() // BATCH * values[left].shape[-1], axes)]
     if name == "scaled_dot_product_attention":
-        key, value = values[node.args[1]], values[node.args[2]]  # type: ignore[index]
-        assert isinstance(source, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
-        scores = source.numel() // source.shape[-1] * key.shape[-2]
-        return scores * (source.shape[-1] + value.shape[-1]) // BATCH
-    if name in _PRODUCTS:
-        assert isinstance(source, Tensor)
-        return result.numel() // BATCH * source.shape[-1]
-    return None
+        query, key, value = node.args[:3]
+        assert isinstance(query, fx.Node)
+        *rows, width = values[query].shape
+        scores = math.prod(rows) * values[key].shape[-2] // BATCH
+        weighted = _Product(scores * values[value].shape[-1], _axes(node, values[node].shape))
+        return [_Product(scores * width, _axes(query, values[query].shape)), weighted]
+    return [_Product(_einsum_macs(node, values), ())] if name == "einsum" else []
+
+
+def _axes(node: fx.Node, shape: Sequence[int]) -> tuple[tuple[fx.Node, int], ...]:
+    return tuple((node, dim) for dim in range(len(shape)))
+
+
+def _einsum_macs(node: fx.Node, values: Mapping[Any, Any]) -> int:
+    """Every combination of indices once; "..." stands for the result's leading axes."""
+    equation = str(node.args[0]).replace(" ", "")
+    operands = [values[source] for source in node.all_input_nodes]
+    sizes: dict[str, int] = {}
+    for letters, tensor in zip(equation.split("->")[0].split(","), operands, strict=True):
+        left, _, right = letters.partition("...")
+        sizes |= dict(zip(left, tensor.shape, strict=False))
+        sizes |= dict(zip(reversed(right or left), reversed(tensor.shape), strict=False))
+    free = equation.split("->")[-1].replace("...", "")
+    spread = values[node].numel() // math.prod(sizes[letter] for letter in free) if "..." in equation else 1
+    return math.prod(sizes.values()) * spread // BATCH
 
 
 def _peak_bytes(network: Network, values: Mapping[fx.Node, object]) -> int:

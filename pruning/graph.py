@@ -1,8 +1,9 @@
-"""The network as a graph that can be narrowed: torch.export's ATen graph with its parameters under their own names.
+"""The network as a graph that can be narrowed: torch.export's ATen graph with its parameters under their own
+names.
 
-torch.export specialises all Python control flow, so what remains is a flat list of tensor operations with every
-constant (sizes of views, splits, slices) in plain sight. Surgery rewrites those constants; a narrowed nn.Module could
-not run code like ``x.view(b, 2, 32, h, w)`` any more.
+torch.export specialises all Python control flow, so what remains is a flat list of tensor operations with
+every constant (sizes of views, splits, slices) in plain sight. Surgery rewrites those constants; a narrowed
+nn.Module could not run code like ``x.view(b, 2, 32, h, w)`` any more.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class UnsupportedNetwork(EdgePruneError):
 class Network(fx.GraphModule):
     """An ATen graph that is called like the module it was traced from, with the same parameter names.
 
-    train() and eval() switch the batch norm and dropout operations, which carry their mode as an argument.
+    train() and eval() switch the batch norm and dropout operations, which carry their mode as an argument,
+    except those that run in training mode always (instance norm without running statistics).
     """
 
     input_shapes: tuple[tuple[int, ...], ...]  # without the batch
@@ -43,7 +45,7 @@ class Network(fx.GraphModule):
         changed = False
         for node in self.graph.nodes:
             position = _MODE_ARGUMENT.get(node.target)
-            if position is not None and node.args[position] != mode:
+            if position is not None and not node.meta.get("one_mode") and node.args[position] != mode:
                 node.update_arg(position, mode)
                 changed = True
         if changed:
@@ -62,27 +64,32 @@ _MODE_ARGUMENT: dict[Any, int] = {
     aten.instance_norm.default: 5,
     aten.dropout.default: 2,
     aten.feature_dropout.default: 2,
+    aten.alpha_dropout.default: 2,
+    aten.feature_alpha_dropout.default: 2,
 }
 
 
 def trace(module: nn.Module, *example: Tensor) -> Network:
     """Trace `module` on one or more `(N, ...)` inputs; sizes other than the batch become constants.
 
-    The module's own parameters are copied: neither it nor its mode changes.
+    The module's own parameters are copied: neither it nor its mode changes. A parameter that the forward
+    pass does not use is left out; a tied one keeps its first name.
 
     Raises:
         UnsupportedNetwork: If torch.export cannot follow the forward pass, or it does something in place that
-            other code sees through a view.
+            is seen through another tensor.
     """
-    was_training = module.training
-    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    modes = [(part, part.training) for part in module.modules()]
+    first_name = {id(parameter): name for name, parameter in module.named_parameters()}
+    original = {name: parameter for name, parameter in module.named_parameters(remove_duplicate=False)}
     batch = torch.export.Dim("batch", min=1, max=2**20)
     inputs = tuple(value[:1].repeat(BATCH, *(1 for _ in value.shape[1:])) for value in example)
+    sizes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+    for value in inputs:
+        sizes[value] = {0: batch}
     module.eval()
     try:
-        program = torch.export.export(
-            module, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs), strict=False
-        )
+        program = torch.export.export(module, inputs, dynamic_shapes=sizes, strict=False)  # type: ignore[arg-type]
     except Exception as error:  # torch.export raises many types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedNetwork(
@@ -90,23 +97,30 @@ def trace(module: nn.Module, *example: Tensor) -> Network:
             "the forward pass must work for any batch size and must not branch on tensor values"
         ) from error
     finally:
-        module.train(was_training)
-    values = {name: tensor.detach().clone() for name, tensor in program.state_dict.items()}
-    values |= {
-        name: tensor.detach().clone() for name, tensor in program.constants.items() if isinstance(tensor, Tensor)
-    }
-    parameters: dict[str, Tensor] = {}
-    for name, tensor in values.items():
-        is_parameter = isinstance(program.state_dict.get(name), nn.Parameter)
-        parameters[name] = nn.Parameter(tensor, requires_grad=name not in frozen) if is_parameter else tensor
+        for part, mode in modes:
+            part.training = mode
     graph = _plain_graph(program)
+    values: dict[str, Tensor] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            name = node.target
+            value = program.state_dict[name] if name in program.state_dict else program.constants[name]
+            if isinstance(value, nn.Parameter):
+                parameter = original[name]
+                node.target = name = first_name[id(parameter)]  # a tied parameter has one name
+                values[name] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+            else:
+                values[name] = value.detach().clone()
     _make_functional(graph)
+    for node in graph.nodes:
+        if node.target in _MODE_ARGUMENT and node.args[_MODE_ARGUMENT[node.target]]:
+            node.meta["one_mode"] = True
     graph.lint()
-    network = assemble(parameters, graph, None)
+    network = assemble(values, graph, None)
     network.input_shapes = tuple(tuple(value.shape[1:]) for value in inputs)
     network.kept = {}
     network.added_biases = ()
-    network.train(was_training)
+    network.train(module.training)
     return network
 
 
@@ -149,15 +163,32 @@ def tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def layer_of(name: str) -> str:
-    """The layer that a parameter belongs to: its name without the last part."""
-    return name.rpartition(".")[0] or name
+    """The layer that a weight belongs to: its module, or the weight itself if its module may have several."""
+    return name.removesuffix(".weight")
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """An operation's argument by its name in the schema; None if it is not given and has no default."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    for position, declared in enumerate(schema.arguments):
+        if declared.name == name:
+            if name in node.kwargs:
+                return node.kwargs[name]
+            return node.args[position] if position < len(node.args) else declared.default_value
+    return None
+
+
+def operation(node: fx.Node) -> str:
+    """An ATen operation's name without its overload; empty for what is none."""
+    return str(getattr(getattr(node.target, "_schema", None), "name", "")).removeprefix("aten::")
 
 
 def where(node: fx.Node) -> str:
     """Module and operation of a node, for messages."""
-    stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values() if not path.startswith("_empty")]
-    operation = str(node.target).removeprefix("aten.")
-    return f"{stack[-1] if stack and stack[-1] else 'forward'}: {operation}"
+    stack = [
+        path for path, _ in (node.meta.get("nn_module_stack") or {}).values() if not path.startswith("_empty")
+    ]
+    return f"{stack[-1] if stack and stack[-1] else 'forward'}: {str(node.target).removeprefix('aten.')}"
 
 
 def shapes(network: Network, batch: int = BATCH) -> dict[fx.Node, Any]:
@@ -172,7 +203,9 @@ def shapes(network: Network, batch: int = BATCH) -> dict[fx.Node, Any]:
     return values
 
 
-def _run(node: fx.Node, values: Mapping[fx.Node, Any], fakes: Mapping[str, Tensor], take: Callable[[], Any]) -> Any:
+def _run(
+    node: fx.Node, values: Mapping[fx.Node, Any], fakes: Mapping[str, Tensor], take: Callable[[], Any]
+) -> Any:
     if node.op == "placeholder":
         return take()
     if node.op == "get_attr":
@@ -182,11 +215,11 @@ def _run(node: fx.Node, values: Mapping[fx.Node, Any], fakes: Mapping[str, Tenso
     arguments = fx.map_arg(node.args, lambda n: values[n])
     keywords = fx.map_arg(node.kwargs, lambda n: values[n])
     assert callable(node.target)
-    return node.target(*arguments, **keywords)  # type: ignore[arg-type]
+    return node.target(*arguments, **keywords)
 
 
 def _plain_graph(program: torch.export.ExportedProgram) -> fx.Graph:
-    """torch.export's graph with parameters as get_attr nodes and the outputs in the module's own structure."""
+    """torch.export's graph with parameters as get_attr nodes and outputs in the module's own structure."""
     signature = program.graph_signature
     attribute = {
         **signature.inputs_to_parameters,
@@ -209,47 +242,57 @@ def _plain_graph(program: torch.export.ExportedProgram) -> fx.Graph:
                 continue
             mapped[node] = graph.node_copy(node, lambda n: mapped[n])
         else:
-            raise UnsupportedNetwork(f"{where(node)}: control flow that depends on tensor values cannot be pruned")
+            raise UnsupportedNetwork(
+                f"{where(node)}: control flow that depends on tensor values cannot be pruned"
+            )
         if node in mapped:
             mapped[node].meta = {"nn_module_stack": node.meta.get("nn_module_stack")}
     graph.eliminate_dead_code()
     return graph
 
 
-_VIEWS = (
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.view.default,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.chunk.default,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.narrow.default,
-    aten.expand.default,
-    operator.getitem,
-)
+_MAY_ALIAS = frozenset(["reshape", "flatten", "contiguous", "to", "dropout", "feature_dropout"])
 
 
 def _make_functional(graph: fx.Graph) -> None:
-    """Replace operations in place by their plain twins (scores are taken from tensors that must not change)."""
+    """Replace operations in place by their twins (scores are taken from tensors that must not change)."""
     order = {node: index for index, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         schema = getattr(node.target, "_schema", None)
         if node.op != "call_function" or schema is None or not schema.is_mutable:
             continue
-        if node.target in _MODE_ARGUMENT:  # batch norm updates its running statistics, as it should
-            continue
-        name = schema.name.removeprefix("aten::")
+        name = operation(node)
         changed = node.args[0]
-        overload = node.target._overloadname
-        twin = getattr(getattr(aten, name.removesuffix("_"), None), overload, None)
-        seen_through_view = changed.target in _VIEWS or any(
-            user.target in _VIEWS and order[user] < order[node] for user in changed.users
-        )
-        if not name.endswith("_") or twin is None or changed.op != "call_function" or seen_through_view:
-            raise UnsupportedNetwork(f"{where(node)}: an operation in place on a view or an input cannot be followed")
+        twin = getattr(getattr(aten, name.removesuffix("_"), None), node.target._overloadname, None)
+        seen = any(order[user] > order[node] for alias in _aliases(changed, node) for user in alias.users)
+        if not name.endswith("_") or twin is None or changed.op == "get_attr" or seen:
+            raise UnsupportedNetwork(f"{where(node)}: what it changes in place is used elsewhere")
         node.target = twin
         changed.replace_all_uses_with(
             node, lambda user, here=node: user is not here and order.get(user, 0) > order[here]
         )
+
+
+def _aliases(changed: fx.Node, by: fx.Node) -> set[fx.Node]:
+    """Other nodes whose memory may be that of `changed`, without what follows `by`."""
+    root = changed
+    while (base := _base(root)) is not None:
+        root = base
+    found, pending = {root}, [root]
+    while pending:
+        node = pending.pop()
+        views = [user for user in node.users if user is not by and user not in found and _base(user) is node]
+        found.update(views)
+        pending += views
+    return found - {changed}
+
+
+def _base(node: fx.Node) -> fx.Node | None:
+    """The node whose memory this one's result shares."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    schema = getattr(node.target, "_schema", None)
+    shares = node.target is operator.getitem or operation(node) in _MAY_ALIAS
+    if schema is not None:
+        shares = shares or any(result.alias_info is not None for result in schema.returns)
+    return node.args[0] if shares else None

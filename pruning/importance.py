@@ -1,16 +1,18 @@
 """How important each unit is: Taylor 2017 and what to compare it with.
 
-The Taylor criteria need one pass over labelled images. Wherever channels are read (`groups.Reader`) the product of
-activation and gradient is summed over positions, for each example apart. A unit's estimate is the signed sum over all
-the places where it is read, so the summands of an addition cancel as they do in the loss, and the members of a chain
-(convolution, then depthwise or gate) count once.
+The Taylor criteria need one pass over labelled images. Wherever channels are read (`groups.Reader`) the
+product of activation and gradient is summed over positions, for each example apart. A unit's estimate is the
+signed sum over all the places where it is read, so the summands of an addition cancel as they do in the loss,
+and the members of a chain (convolution, then depthwise or gate) count once.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +22,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from edgeprune.data.errors import EdgePruneError
 from edgeprune.detectors import distributed
 from edgeprune.detectors.protocol import Detector, Progress, Targets
-from edgeprune.pruning.graph import Network, layer_of, tensors, where
+from edgeprune.pruning.graph import BATCH, Network, argument, layer_of, operation, shapes, tensors, where
 from edgeprune.pruning.groups import Groups, Reader
 from edgeprune.pruning.surgery import channel_ids
 
@@ -39,15 +42,16 @@ class ImportanceError(EdgePruneError):
 def channel_importance(activation: Tensor, gradient: Tensor) -> Tensor:
     """Estimate how much the loss changes if each channel is removed.
 
-    First-order Taylor expansion (Molchanov et al. 2017, arXiv:1611.06440, eq. 8): the product is averaged over
-    positions, its absolute value over examples.
+    First-order Taylor expansion (Molchanov et al. 2017, arXiv:1611.06440, eq. 8): the product is averaged
+    over positions, its absolute value over examples.
 
     Args:
         activation: ``(N, C, H, W)``.
         gradient: of the summed per-example loss, shaped like `activation`.
 
     Returns:
-        ``(C,)``, non-negative, in units of the loss per position; comparable across layers only after normalisation.
+        ``(C,)``, non-negative, in units of the loss per position; comparable across layers only after
+        normalisation.
 
     Raises:
         ValueError: If the shapes differ.
@@ -68,7 +72,7 @@ class Reading:
 
 
 class Scoring:
-    """A network, the images that score it, and what is computed from them once and used by several criteria."""
+    """A network, the images that score it, and what several criteria compute from them, once."""
 
     def __init__(
         self,
@@ -83,7 +87,7 @@ class Scoring:
         """
         Args:
             batches: gives the scoring images, the same ones at each call; under torchrun this process' share.
-            fold_means: whether a removed channel leaves its mean behind: then activations count from their mean.
+            fold_means: a removed channel leaves its mean behind, and activations count from their mean.
             progress: called with images done; the total is not known here and given as 0.
         """
         self.groups, self.detector, self.batches = groups, detector, batches
@@ -96,7 +100,7 @@ class Scoring:
 
     @cached_property
     def means(self) -> dict[str, Tensor]:
-        """Mean input of each weight's channels, which a removed channel leaves behind; empty where zero stays."""
+        """Mean input of each weight's channels, which removed ones leave behind; empty if they leave zero."""
         if not self.fold_means:
             return {}
         totals: dict[str, tuple[npt.NDArray[np.float64], int]] = {}
@@ -113,7 +117,7 @@ class Scoring:
         """``(N, units + 1)``: estimated change of each example's loss when a unit is removed, with its sign.
 
         Args:
-            per_position: divide by the number of positions, as the paper does; else the sum, in units of the loss.
+            per_position: divide by the number of positions, as the paper does; else in units of the loss.
         """
         examples = len(self.readings[0].product)
         change = np.zeros((examples, self.groups.units + 1))
@@ -146,41 +150,46 @@ def taylor(scoring: Scoring) -> Scores:
 
 
 def taylor_sum(scoring: Scoring) -> Scores:
-    """The same product summed over positions: an estimate in units of the loss, comparable across layers as it is."""
+    """The same product summed over positions: in units of the loss, comparable across layers as it is."""
     return np.asarray(np.abs(scoring.first_order(per_position=False)).mean(0))
 
 
 def taylor_weight(scoring: Scoring) -> Scores:
-    """Molchanov et al. 2019 (arXiv:1906.10771, eq. 8): square of the summed weight x gradient of all parameters that
-    make the unit's channels, batch norm included; mean over examples."""
+    """Molchanov et al. 2019 (arXiv:1906.10771, eq. 8): square of the summed weight x gradient of all
+    parameters that make the unit's channels, batch norm included; mean over examples."""
     network, groups = scoring.groups.network, scoring.groups
-    reading = {(reader.weight, reader.axis) for reader in groups.readers}
-    made = [(name, axis, ids) for (name, axis), ids in groups.axes.items() if (name, axis) not in reading]
-    parameters = {name: p for name, p in network.named_parameters() if any(name == m[0] for m in made)}
+    read = {(reader.weight, reader.axis) for reader in groups.readers}
+    made = [(name, axis, ids) for (name, axis), ids in groups.axes.items() if (name, axis) not in read]
+    owners = {name for name, _, _ in made}
+    parameters = {name: parameter for name, parameter in network.named_parameters() if name in owners}
     total = np.zeros(groups.units + 1)
     examples = 0
     with _scoring_mode(network):
         for images, targets in scoring.batches():
             for index in range(len(images)):  # one example at a time: gradients of a batch are sums already
-                loss = scoring.detector.loss(network(images[index : index + 1]), targets[index : index + 1]).sum()
+                image = images[index : index + 1]
+                loss = scoring.detector.loss(network(image), targets[index : index + 1]).sum()
+                if not torch.isfinite(loss):
+                    raise _not_finite(network, image)
                 gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+                gradient_of = dict(zip(parameters, gradients, strict=True))
                 change = np.zeros(groups.units + 1)
-                for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
-                    if gradient is None:
+                for name, axis, ids in made:
+                    gradient = gradient_of.get(name)
+                    if gradient is None:  # a buffer, or it has no part in the loss
                         continue
-                    product = (parameter.detach() * gradient).double()
-                    _finite(product, name)
-                    for owner, axis, ids in made:
-                        if owner == name:
-                            by_channel = product.movedim(axis, 0).reshape(product.shape[axis], -1).sum(1)
-                            np.add.at(change, ids, by_channel.cpu().numpy())
+                    product = (parameters[name].detach() * gradient).double().movedim(axis, 0)
+                    if not torch.isfinite(product).all():
+                        raise ImportanceError(
+                            f"{name}: weight x gradient is NaN or infinite; check the weights"
+                        )
+                    np.add.at(change, ids, product.reshape(len(ids), -1).sum(1).cpu().numpy())
                 total += change**2
                 examples += 1
                 if scoring.progress is not None:
                     scoring.progress(examples, 0)
     gathered = distributed.gather((total, examples))
-    _some(sum(count for _, count in gathered))
-    return np.asarray(sum(part for part, _ in gathered) / sum(count for _, count in gathered))
+    return np.asarray(sum(part for part, _ in gathered) / _some(sum(count for _, count in gathered)))
 
 
 def magnitude(scoring: Scoring) -> Scores:
@@ -204,25 +213,31 @@ def batchnorm(scoring: Scoring) -> Scores:
     """Sum of the absolute scales of a unit's batch norms (Liu et al. 2017, arXiv:1708.06519).
 
     Raises:
-        ImportanceError: If the network has no batch norm with a scale.
+        ImportanceError: If a unit has no batch norm with a scale.
     """
-    scores = np.zeros(scoring.groups.units + 1)
-    weights = dict(tensors(scoring.groups.network))
-    found = False
-    for node in scoring.groups.network.graph.nodes:
-        if str(node.target) == "aten.batch_norm.default" and isinstance(node.args[1], fx.Node):
-            name = str(node.args[1].target)
-            found = True
-            if (name, 0) in scoring.groups.axes:
-                np.add.at(scores, scoring.groups.axes[name, 0], weights[name].detach().abs().double().cpu().numpy())
-    if not found:
-        raise ImportanceError("--criterion batchnorm: the network has no batch norm (folded?); use taylor or magnitude")
+    groups = scoring.groups
+    scores = np.zeros(groups.units + 1)
+    scaled = np.zeros(groups.units + 1, dtype=bool)
+    weights = dict(tensors(groups.network))
+    norms = (node for node in groups.network.graph.nodes if operation(node) == "batch_norm")
+    scales = {str(weight.target) for node in norms if isinstance(weight := argument(node, "weight"), fx.Node)}
+    for name in sorted(scales):
+        ids = groups.axes.get((name, 0))
+        if ids is not None:
+            np.add.at(scores, ids, weights[name].detach().abs().double().cpu().numpy())
+            scaled[ids] = True
+    for group in groups.groups:
+        if not scaled[list(group.units)].all():
+            raise ImportanceError(
+                f"--criterion batchnorm: channels of {', '.join(group.layers)} pass no batch norm (folded?); "
+                "protect them or use another criterion"
+            )
     return scores
 
 
 def geometric_median(scoring: Scoring) -> Scores:
-    """Sum of the distances to all other channels of the layer (FPGM, He et al. 2019, arXiv:1811.00250); then each
-    layer is normalised by its L2 norm. A channel near the geometric median can be replaced by the others."""
+    """Sum of the distances to all other channels of the layer (FPGM, He et al. 2019, arXiv:1811.00250); then
+    each layer is normalised by its L2 norm. Others can stand in for a channel near the geometric median."""
     scores = np.zeros(scoring.groups.units + 1)
     for ids, weights in scoring.producer_slices():
         squares = (weights**2).sum(1)
@@ -258,7 +273,9 @@ def find_criterion(name: str) -> Criterion:
         return CRITERIA[name]
     place, _, function = name.rpartition(":")
     if not place:
-        raise ImportanceError(f"unknown criterion {name!r}; known: {', '.join(CRITERIA)}, or package.module:function")
+        raise ImportanceError(
+            f"unknown criterion {name!r}; known: {', '.join(CRITERIA)}, or package.module:function"
+        )
     try:
         if place.endswith(".py"):
             spec = importlib.util.spec_from_file_location(Path(place).stem, place)
@@ -268,9 +285,14 @@ def find_criterion(name: str) -> Criterion:
         else:
             module = importlib.import_module(place)
         found: Any = getattr(module, function)
-    except (ImportError, OSError, AttributeError) as error:
-        raise ImportanceError(f"criterion {name!r} cannot be loaded: {error}") from error
-    return found  # type: ignore[no-any-return]
+    except Exception as error:  # whatever the user's module does
+        raise ImportanceError(
+            f"criterion {name!r} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
+    if not callable(found):
+        raise ImportanceError(f"criterion {name!r} is no function")
+    criterion: Criterion = found
+    return criterion
 
 
 def score(name: str, scoring: Scoring) -> Scores:
@@ -279,19 +301,29 @@ def score(name: str, scoring: Scoring) -> Scores:
     Raises:
         ImportanceError: If the criterion is unknown, or a score is NaN, infinite or negative.
     """
-    scores = np.asarray(find_criterion(name)(scoring), dtype=np.float64)
-    if scores.shape != (scoring.groups.units + 1,):
-        raise ImportanceError(f"criterion {name!r} returned {scores.shape}; one score a unit and entry 0 is wanted")
-    for group in scoring.groups.groups:
-        values = scores[list(group.units)]
-        if not np.isfinite(values).all() or (values < 0).any():
-            raise ImportanceError(f"{group.layers[0]}: criterion {name!r} gave a score that is NaN, infinite or negative")
+    groups, criterion = scoring.groups, find_criterion(name)
+    if not groups.groups:
+        return np.zeros(groups.units + 1)
+    scores = np.asarray(criterion(scoring), dtype=np.float64)
+    if scores.shape != (groups.units + 1,):
+        raise ImportanceError(
+            f"criterion {name!r} returned an array {scores.shape}; ({groups.units + 1},) is wanted: one "
+            "score a unit, and entry 0 unused"
+        )
+    for group in groups.groups:
+        for unit in group.units:
+            if not 0 <= scores[unit] < np.inf:
+                layers = [layer for layer in group.layers if unit in groups.channels(layer)]
+                raise ImportanceError(
+                    f"{', '.join(layers)}: criterion {name!r} gave the score {scores[unit]}; a score is "
+                    "finite and not negative (check the weights)"
+                )
     return scores
 
 
 def by_layer(groups: Groups, scores: Scores) -> Scores:
     """Divide the scores of each group by their L2 norm (Molchanov et al. 2017, sec. 2.2)."""
-    result = scores.copy()
+    result: Scores = scores.copy()
     for group in groups.groups:
         units = list(group.units)
         norm = np.linalg.norm(scores[units])
@@ -301,40 +333,32 @@ def by_layer(groups: Groups, scores: Scores) -> Scores:
 
 
 class _Tap(torch.autograd.Function):
-    """Passes a tensor on, and on the way back tells `sink` what flowed there and back."""
+    """Passes a tensor on, and on the way back tells `sink` the tensor and its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, dim: int, sink: Callable[[Tensor, Tensor], None]) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, sink: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(tensor)
-        ctx.dim, ctx.sink = dim, sink
+        ctx.sink = sink
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = gradients
-        (tensor,) = ctx.saved_tensors
-        ctx.sink(_by_channel(tensor.float() * gradient.float(), ctx.dim), _by_channel(gradient.float(), ctx.dim))
-        return gradient, None, None
-
-
-def _by_channel(tensor: Tensor, dim: int) -> Tensor:
-    """``(N, C)``: summed over all axes but the first and `dim`."""
-    others = [axis for axis in range(1, tensor.dim()) if axis != dim]
-    return tensor.sum(others) if others else tensor
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        ctx.sink(*ctx.saved_tensors, *gradients)
+        return gradients[0], None
 
 
 class _Tapped(fx.Interpreter):
-    """Runs a network with a tap before every reader."""
+    """Runs a network with a tap before every reader; what they saw is kept by the reader's index."""
 
-    def __init__(self, network: Network, readers: Sequence[Reader]) -> None:
+    def __init__(self, network: Network, readers: Sequence[Reader], by_example: bool) -> None:
         super().__init__(network)
+        self.readers, self.by_example = readers, by_example
         self.taps: dict[fx.Node, list[int]] = {}
         for index, reader in enumerate(readers):
             self.taps.setdefault(reader.node, []).append(index)
-        self.readers = readers
-        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
         self.activations: dict[int, Tensor] = {}
-        self.positions: dict[int, int] = {}
+        self.products: dict[int, Tensor] = {}
+        self.gradients: dict[int, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         if n not in self.taps:
@@ -342,100 +366,135 @@ class _Tapped(fx.Interpreter):
         arguments, keywords = self.fetch_args_kwargs_from_env(n)
         changed = list(arguments)
         for index in self.taps[n]:
-            reader = self.readers[index]
-            tensor: Tensor = changed[reader.position]
-            detached = tensor.detach()
-            self.activations[index] = _by_channel(detached.float(), reader.dim).sum(0).double()
-            self.positions[index] = detached[0].numel() // detached.shape[reader.dim]
+            position = self.readers[index].position
+            tensor: Tensor = changed[position]
+            self.activations[index] = self.by_channel(index, tensor.detach())
+            if not tensor.requires_grad:  # nothing is read before it: gradients stop here
+                tensor = tensor.detach().requires_grad_()
 
-            def sink(product: Tensor, gradient: Tensor, index: int = index) -> None:
-                self.seen[index] = (product, gradient)
+            def sink(activation: Tensor, gradient: Tensor, index: int = index) -> None:
+                self.products[index] = self.by_channel(index, activation.float() * gradient.float())
+                self.gradients[index] = self.by_channel(index, gradient)
 
-            changed[reader.position] = _Tap.apply(tensor, reader.dim, sink)
-        return self.call_function(n.target, tuple(changed), keywords)  # type: ignore[arg-type]
+            changed[position] = _Tap.apply(tensor, sink)  # type: ignore[no-untyped-call]
+        assert callable(n.target)
+        return n.target(*changed, **keywords)
+
+    def by_channel(self, index: int, tensor: Tensor) -> Tensor:
+        """``(N, C)``, or ``(1, C)`` if rows are no examples: summed over all other axes."""
+        kept = (0, self.readers[index].dim) if self.by_example else (self.readers[index].dim,)
+        others = [axis for axis in range(tensor.dim()) if axis not in kept]
+        summed = tensor.float().sum(others) if others else tensor.float()
+        return summed if self.by_example else summed[None]
 
 
 def _read_all(scoring: Scoring) -> tuple[Reading, ...]:
     groups, network = scoring.groups, scoring.groups.network
     readers = groups.readers
-    parts: list[tuple[list[npt.NDArray[np.float64]], list[npt.NDArray[np.float64]], list[npt.NDArray[np.float64]]]]
-    parts = [([], [], []) for _ in readers]
-    positions = [1] * len(readers)
+    by_example = _batch_comes_first(network, readers)
+    width = [len(channel_ids(groups, reader)) for reader in readers]
+    products, gradients, activations = ([[np.zeros((0, size))] for size in width] for _ in range(3))
     examples = 0
-    one_by_one = not _batch_comes_first(network, readers)
     with _scoring_mode(network, parameters=False):
         for images, targets in scoring.batches():
-            for start in range(0, len(images), 1 if one_by_one else len(images)):
-                part = slice(start, start + 1) if one_by_one else slice(None)
-                tapped = _Tapped(network, readers)
-                # Gradients flow from the pictures on; those of the parameters are not needed.
-                raw = tapped.run(images[part].detach().requires_grad_())
-                losses = scoring.detector.loss(raw, targets[part])
-                _finite(losses.detach(), "loss")
-                torch.autograd.backward(losses.sum())
-                count = len(losses)
-                for index, reader in enumerate(readers):
-                    width = len(channel_ids(groups, reader))
-                    zero = torch.zeros(count, width)
-                    product, gradient = tapped.seen.get(index, (zero, zero))  # unseen: no part in the loss
-                    _finite(product, layer_of(reader.weight) if reader.weight else where(reader.node))
-                    if one_by_one:
-                        product, gradient = product.sum(0, keepdim=True), gradient.sum(0, keepdim=True)
-                    for store, value in zip(parts[index], (product, gradient, tapped.activations[index][None]), strict=True):
-                        store.append(value.double().cpu().numpy())
-                    rows = 1 if not one_by_one else product.shape[0]
-                    positions[index] = tapped.positions[index] * rows
-                examples += count
+            step = len(images) if by_example else 1
+            for start in range(0, len(images), step or 1):
+                part = slice(start, start + step)
+                tapped = _backward(scoring, readers, images[part], targets[part], by_example)
+                for index, size in enumerate(width):
+                    nothing = torch.zeros(len(images[part]), size)  # where it has no part in the loss
+                    products[index].append(_array(tapped.products.get(index, nothing)))
+                    gradients[index].append(_array(tapped.gradients.get(index, nothing)))
+                    activations[index].append(_array(tapped.activations[index]).sum(0, keepdims=True))
+                examples += len(images[part])
                 if scoring.progress is not None:
                     scoring.progress(examples, 0)
-    gathered = distributed.gather((parts, examples))
-    _some(sum(count for _, count in gathered))
-    total = sum(count for _, count in gathered)
+    kinds = [[np.concatenate(arrays) for arrays in kind] for kind in (products, gradients, activations)]
+    gathered = distributed.gather((kinds, examples))
+    total = _some(sum(count for _, count in gathered))
     readings = []
-    for index in range(len(readers)):
+    for index, reader in enumerate(readers):
         product, gradient, activation = (
-            np.concatenate([array for ranks, _ in gathered for array in ranks[index][kind]]) for kind in range(3)
+            np.concatenate([kinds[kind][index] for kinds, _ in gathered]) for kind in range(3)
         )
-        readings.append(Reading(product, gradient, activation.sum(0) / (total * positions[index]), positions[index]))
+        positions = math.prod(groups.nodes[reader.tensor].shape) // (BATCH * width[index])
+        readings.append(Reading(product, gradient, activation.sum(0) / (total * positions), positions))
     return tuple(readings)
+
+
+def _backward(
+    scoring: Scoring, readers: Sequence[Reader], images: Tensor, targets: Sequence[Targets], by_example: bool
+) -> _Tapped:
+    network = scoring.groups.network
+    tapped = _Tapped(network, readers, by_example)
+    losses = scoring.detector.loss(tapped.run(images), targets)
+    if not _all_finite([losses, *tapped.activations.values()]):
+        raise _not_finite(network, images)
+    if losses.requires_grad:
+        torch.autograd.backward(losses.sum())
+    if not _all_finite([*tapped.products.values(), *tapped.gradients.values()]):
+        last = max(index for index, product in tapped.products.items() if not torch.isfinite(product).all())
+        reader = readers[last]
+        name = layer_of(reader.weight) if reader.weight else where(reader.node)
+        raise ImportanceError(f"{name}: the gradient of what it reads is NaN or infinite; check the loss")
+    return tapped
+
+
+def _array(tensor: Tensor) -> npt.NDArray[np.float64]:
+    array: npt.NDArray[np.float64] = tensor.detach().double().cpu().numpy()
+    return array
 
 
 def _batch_comes_first(network: Network, readers: Sequence[Reader]) -> bool:
     """Whether every reader's tensor has one row an example (attention code may put the batch elsewhere)."""
-    from edgeprune.pruning.graph import BATCH, shapes
-
     two, three = shapes(network), shapes(network, BATCH + 1)
     return all(
-        two[reader.tensor].shape[0] == BATCH and three[reader.tensor].shape[0] == BATCH + 1 for reader in readers
+        reader.dim > 0 and two[reader.tensor].shape[0] == BATCH and three[reader.tensor].shape[0] == BATCH + 1
+        for reader in readers
     )
 
 
-class _scoring_mode:  # noqa: N801 - used as a with statement
-    """Evaluation mode, so that examples do not mix; gradients of the parameters on or off; all put back afterwards."""
-
-    def __init__(self, network: Network, parameters: bool = True) -> None:
-        self.network, self.wanted = network, parameters
-        self.before = [parameter.requires_grad for parameter in network.parameters()]
-        self.training = network.training
-
-    def __enter__(self) -> None:
-        self.network.eval()
-        for parameter in self.network.parameters():
-            parameter.requires_grad_(self.wanted)
-
-    def __exit__(self, *error: object) -> None:
-        for parameter, wanted in zip(self.network.parameters(), self.before, strict=True):
+@contextmanager
+def _scoring_mode(network: Network, parameters: bool = True) -> Iterator[None]:
+    """Evaluation mode, so that examples do not mix; parameters with or without gradients; all put back."""
+    before = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    training = network.training
+    network.eval()
+    network.requires_grad_(parameters)
+    try:
+        yield
+    finally:
+        for parameter, wanted in before:
             parameter.requires_grad_(wanted)
-        self.network.train(self.training)
+        network.train(training)
 
 
-def _finite(tensor: Tensor, name: str) -> None:
-    if not torch.isfinite(tensor).all():
-        raise ImportanceError(
-            f"{name}: activation x gradient is NaN or infinite; check the weights (or train without AMP)"
-        )
+class _Checked(fx.Interpreter):
+    """Runs a network up to the first result that is not finite."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op != "output" and not _all_finite(t for t in tree_leaves(result) if isinstance(t, Tensor)):
+            name = str(n.target) if n.op == "get_attr" else where(n)
+            raise ImportanceError(f"{name} is NaN or infinite; check the weights and the images")
+        return result
 
 
-def _some(examples: int) -> None:
+def _not_finite(network: Network, images: Tensor) -> ImportanceError:
+    """What to raise where a loss or an activation is not finite; names the first layer that it shows in."""
+    try:
+        with torch.no_grad():
+            _Checked(network).run(images)
+    except ImportanceError as error:
+        return error
+    return ImportanceError("the loss of a training image is NaN or infinite; check its boxes")
+
+
+def _all_finite(values: Iterable[Tensor]) -> bool:
+    return all(bool(torch.isfinite(value).all()) for value in values)
+
+
+def _some(examples: int) -> int:
     if examples == 0:
         raise ImportanceError("no image to score channels with: the training data is empty")
+    return examples

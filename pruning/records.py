@@ -95,7 +95,9 @@ class DetectorSpec:
     preprocessing: Mapping[str, Any]  # Preprocessing.to_json()
     channels: Mapping[str, int]  # layer -> channels it produces
     kept: Mapping[str, Sequence[int]]  # layer -> which of its original channels, where some were removed
-    added_biases: tuple[str, ...] = ()  # layers that got a bias to carry the mean of removed channels
+    added_biases: tuple[str, ...] = ()  # layers that got a bias to carry what removed channels leave behind
+    variant: Mapping[str, Any] = field(default_factory=dict)  # what else the detector takes to be built
+    frozen: tuple[str, ...] = ()  # parameters that fine-tuning leaves alone
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,8 +105,9 @@ class DetectorSpec:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> DetectorSpec:
         known = dict(record)
-        for name in ("input_size", "classes", "added_biases"):
+        for name in ("input_size", "classes", "added_biases", "frozen"):
             known[name] = tuple(known[name])
+        known["kept"] = {layer: tuple(channels) for layer, channels in known["kept"].items()}
         return cls(**known)
 
 

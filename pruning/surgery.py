@@ -1,14 +1,17 @@
 """Physical removal: narrow every tensor and every constant of the graph that the removed units appear in.
 
-The narrowed network computes what the original computes with each removed channel replaced, where it is read, by a
-constant: zero, or its mean activation, whose effect moves into the reader's bias (exact away from padded borders).
-`masked` builds that reference from the original, and `largest_difference` compares the two.
+The narrowed network computes what the original computes with each removed channel replaced, where it is read,
+by a stand-in: zero, a constant, or a linear combination of the channels that stay (`replacement.py` makes
+them). The stand-in moves into the reader's weight and bias; a constant is exact away from padded borders
+only. `masked` builds that reference from the original, and `largest_difference` compares the two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+import copy
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,20 +19,44 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from edgeprune.pruning.graph import Network, aten, assemble, copy_graph, layer_of, shapes, tensors, where
-from edgeprune.pruning.groups import Groups, Labels, Reader, argument
+from edgeprune.pruning.graph import (
+    Network,
+    argument,
+    assemble,
+    aten,
+    copy_graph,
+    layer_of,
+    operation,
+    shapes,
+    tensors,
+    where,
+)
+from edgeprune.pruning.groups import Groups, Labels, Reader, find_groups
+from edgeprune.pruning.labels import by_position, constant
 
 Mask = npt.NDArray[np.bool_]
-Means = Mapping[str, Tensor]  # weight -> the constant that stands for each of its input channels
 
 
-def remove(groups: Groups, units: Collection[int], means: Means | None = None) -> Network:
+class StandIn(NamedTuple):
+    """What the removed ones of a weight's input channels are read as."""
+
+    matrix: Tensor | None
+    """``(C, C)``: x is read as ``matrix @ x + constant``; columns of removed channels are zero, rows of kept
+    ones those of the unit matrix. None: only the constant is left of a removed channel."""
+    constant: Tensor
+    """``(C,)``; counts for removed channels only."""
+
+
+StandIns = Mapping[str, StandIn]  # by weight
+
+
+def remove(groups: Groups, units: Collection[int], stand_ins: StandIns | None = None) -> Network:
     """A new network without `units`; the one that `groups` describes is not changed.
 
     Args:
         units: ids from 1 to `groups.units`.
-        means: mean activation of each input channel, by weight; a removed channel then leaves its mean behind in the
-            reader's bias, where the reader can carry it. Without it, it leaves zero.
+        stand_ins: what removed channels leave behind, for readers that can carry it; elsewhere they
+            leave zero.
 
     Raises:
         ValueError: If a unit does not exist or a layer would be left without channels.
@@ -39,9 +66,14 @@ def remove(groups: Groups, units: Collection[int], means: Means | None = None) -
         if gone[piece].all():
             raise ValueError("a tensor would be left without channels")
     network = groups.network
+    stand_ins = _carried(groups, stand_ins or {})
     values: dict[str, Tensor] = {}
     for name, tensor in tensors(network):
         narrowed = tensor.detach()
+        if name in stand_ins and (matrix := stand_ins[name].matrix) is not None:
+            narrowed = torch.einsum("oi...,ij->oj...", narrowed.double(), matrix.to(narrowed.device)).to(
+                narrowed
+            )
         for axis in range(tensor.dim()):
             ids = groups.axes.get((name, axis))
             if ids is not None and gone[ids].any():
@@ -49,50 +81,51 @@ def remove(groups: Groups, units: Collection[int], means: Means | None = None) -
                 narrowed = narrowed.index_select(axis, index)
         narrowed = narrowed.clone()
         is_parameter = isinstance(tensor, nn.Parameter)
-        values[name] = nn.Parameter(narrowed, requires_grad=tensor.requires_grad) if is_parameter else narrowed
+        values[name] = (
+            nn.Parameter(narrowed, requires_grad=tensor.requires_grad) if is_parameter else narrowed
+        )
     graph = copy_graph(network.graph)
     twins = dict(zip(network.graph.nodes, graph.nodes, strict=True))
     _rewrite(groups, gone, twins, values)
     biases = list(network.added_biases)
-    for weight, shift in (_bias_shifts(groups, gone, means) if means else {}).items():
-        biases += add_bias(graph, values, weight, shift)
+    for weight, shift in _bias_shifts(groups, gone, stand_ins).items():
+        biases += _add_bias(graph, values, weight, shift)
+    graph.eliminate_dead_code()
     result = assemble(values, graph, network)
     result.added_biases = tuple(biases)
-    for producer in groups.producers:
-        ids = groups.axes[producer.weight, producer.axis]
-        before = network.kept.get(producer.layer, tuple(range(len(ids))))
+    for layer, ids in groups.outputs.items():
+        before = network.kept.get(layer, tuple(range(len(ids))))
         if gone[ids].any():
-            result.kept[producer.layer] = tuple(np.asarray(before)[~gone[ids]].tolist())
+            result.kept[layer] = tuple(np.asarray(before)[~gone[ids]].tolist())
     _check_shapes(groups, gone, result)
     return result
 
 
-def masked(groups: Groups, units: Collection[int], means: Means | None = None) -> Network:
-    """The original with removed channels replaced where they are read: the reference that `remove` must equal."""
+def masked(groups: Groups, units: Collection[int], stand_ins: StandIns | None = None) -> Network:
+    """The original with removed channels replaced where they are read: what `remove` must equal."""
     gone = _gone(groups, units)
     network = groups.network
     graph = copy_graph(network.graph)
     twins = dict(zip(network.graph.nodes, graph.nodes, strict=True))
     values = {name: tensor.detach().clone() for name, tensor in tensors(network)}
+    stand_ins = _carried(groups, stand_ins or {})
     for index, reader in enumerate(groups.readers):
         ids = channel_ids(groups, reader)
         if not gone[ids].any():
             continue
-        shape = [-1 if axis == reader.dim else 1 for axis in range(len(_labels(groups, reader.tensor).shape))]
-        device = next(iter(values.values())).device
-        keep = torch.from_numpy((~gone[ids]).astype(np.float32)).to(device)
-        mean = torch.zeros_like(keep)
-        if means is not None and reader.foldable and reader.weight in means:
-            mean = (1 - keep) * means[reader.weight].to(keep)
-        values[f"keep_{index}"], values[f"mean_{index}"] = keep.reshape(shape), mean.reshape(shape)
+        like = _like(values)
+        lost = torch.from_numpy(gone[ids]).to(like)
+        stand_in = stand_ins.get(reader.weight or "", StandIn(None, torch.zeros_like(lost)))
+        matrix = torch.diag(1 - lost) if stand_in.matrix is None else stand_in.matrix.to(like)
+        values[f"matrix_{index}"], values[f"constant_{index}"] = matrix.T, lost * stand_in.constant.to(like)
         node = twins[reader.node]
         with graph.inserting_before(node):
-            kept = graph.call_function(
-                aten.mul.Tensor, (node.args[reader.position], graph.get_attr(f"keep_{index}"))
-            )
-            node.update_arg(reader.position, graph.call_function(aten.add.Tensor, (kept, graph.get_attr(f"mean_{index}"))))
-    reference = assemble(values, graph, network)
-    return reference
+            # Channels last, times the matrix, and back.
+            moved = graph.call_function(aten.movedim.int, (node.args[reader.position], reader.dim, -1))
+            mixed = graph.call_function(aten.matmul.default, (moved, graph.get_attr(f"matrix_{index}")))
+            shifted = graph.call_function(aten.add.Tensor, (mixed, graph.get_attr(f"constant_{index}")))
+            node.update_arg(reader.position, graph.call_function(aten.movedim.int, (shifted, -1, reader.dim)))
+    return assemble(values, graph, network)
 
 
 def largest_difference(left: Network, right: Network, inputs: tuple[Tensor, ...]) -> float:
@@ -111,70 +144,82 @@ def largest_difference(left: Network, right: Network, inputs: tuple[Tensor, ...]
 
 
 def replay(groups: Groups, kept: Mapping[str, Collection[int]], added_biases: Collection[str]) -> Network:
-    """Narrow an unpruned network to the channels that a specification keeps; its weights are loaded afterwards.
+    """Narrow an unpruned network to the channels that a specification keeps; its weights are loaded
+    afterwards.
+
+    What goes together can change as a network narrows (a grouped convolution first loses places in every
+    block, then whole blocks), so removal is repeated until nothing is left to remove.
 
     Raises:
         ValueError: If the specification does not fit the network.
     """
-    layers = {producer.layer for producer in groups.producers}
-    if unknown := sorted(set(kept) - layers):
-        raise ValueError(f"no layer {unknown[0]!r} in the network")
-    units: set[int] = set()
     for layer, channels in kept.items():
-        ids = groups.channels(layer)
-        lost = np.setdiff1d(np.arange(len(ids)), np.asarray(sorted(channels), dtype=np.int64))
-        if len(lost) + len(set(channels)) != len(ids):
-            raise ValueError(f"layer {layer!r} has {len(ids)} channels; the specification names others")
-        units.update(int(unit) for unit in ids[lost])
-    if 0 in units:
-        raise ValueError("the specification removes channels that must stay")
-    narrow = remove(groups, units) if units else assemble(
-        {n: t.clone() for n, t in tensors(groups.network)}, copy_graph(groups.network.graph), groups.network
-    )
+        if layer not in groups.outputs:
+            raise ValueError(f"no layer {layer!r} in the network")
+        count = len(groups.channels(layer))
+        if len(set(channels)) != len(channels) or not set(channels) <= set(range(count)):
+            raise ValueError(f"layer {layer!r} has {count} channels; the specification names others")
+    while units := _units_outside(groups, kept):
+        groups = find_groups(remove(groups, units))
+    narrow = groups.network
     if {layer: tuple(channels) for layer, channels in kept.items()} != narrow.kept:
         raise ValueError("the specification keeps channels apart that belong together")
-    if not added_biases:
-        return narrow
-    values, graph = dict(tensors(narrow)), copy_graph(narrow.graph)
+    graph = copy_graph(narrow.graph)
+    values = {name: copy.deepcopy(tensor) for name, tensor in tensors(narrow)}
     weights = {layer_of(reader.weight): reader.weight for reader in groups.readers if reader.weight}
     for layer in added_biases:
         if layer not in weights:
             raise ValueError(f"no layer {layer!r} in the network")
-        weight = values[weights[layer]]
-        add_bias(graph, values, weights[layer], weight.new_zeros(weight.shape[0]))
+        outputs = values[weights[layer]].shape[0]
+        _add_bias(graph, values, weights[layer], values[weights[layer]].new_zeros(outputs))
     result = assemble(values, graph, narrow)
     result.added_biases = tuple(added_biases)
     return result
 
 
+def _units_outside(groups: Groups, kept: Mapping[str, Collection[int]]) -> set[int]:
+    """Units none of whose channels a specification keeps."""
+    lost: set[int] = set()
+    held = {0}
+    for layer, ids in groups.outputs.items():
+        original = groups.network.kept.get(layer, range(len(ids)))
+        stays = set(kept.get(layer, original))
+        for unit, channel in zip(ids.tolist(), original, strict=True):
+            (held if channel in stays else lost).add(unit)
+    return lost - held
+
+
 def channel_ids(groups: Groups, reader: Reader) -> npt.NDArray[np.int64]:
     """Unit ids along the channel axis of what a reader reads."""
     labels = _labels(groups, reader.tensor)
-    ids = np.moveaxis(labels.array, reader.dim, 0).reshape(labels.array.shape[reader.dim], -1)[:, 0]
-    return np.broadcast_to(ids, (labels.shape[reader.dim],))
+    return np.broadcast_to(by_position(labels.array, reader.dim)[:, 0], (labels.shape[reader.dim],))
 
 
-def add_bias(graph: fx.Graph, values: dict[str, Tensor], weight: str, shift: Tensor) -> list[str]:
-    """Add `shift` to the bias of every operation that uses `weight`; returns the layer if it had no bias before."""
-    for node in graph.nodes:
-        if node.op == "call_function" and any(n.op == "get_attr" and n.target == weight for n in node.all_input_nodes):
-            bias = argument(node, "bias")
-            if isinstance(bias, fx.Node):
-                name = str(bias.target)
-                old = values[name]
-                values[name] = nn.Parameter(old.detach() + shift, requires_grad=old.requires_grad)
-                return []
-            break
-    name = weight.rpartition(".")[0] + ".bias" if "." in weight else f"{weight}_bias"
+def _add_bias(graph: fx.Graph, values: dict[str, Tensor], weight: str, shift: Tensor) -> list[str]:
+    """Add `shift` to the bias of all that uses `weight`; returns the layer if it had no bias before."""
+    users = [
+        node for node in graph.nodes if any(_is_constant(source, weight) for source in node.all_input_nodes)
+    ]
+    bias = argument(users[0], "bias")
+    if bias is not None:
+        old = values[bias.target]
+        values[bias.target] = nn.Parameter(old.detach() + shift, requires_grad=old.requires_grad)
+        return []
+    name = f"{layer_of(weight)}.bias" if weight.endswith(".weight") else f"{weight}_bias"
     values[name] = nn.Parameter(shift.clone(), requires_grad=values[weight].requires_grad)
-    for node in list(graph.nodes):
-        if node.op == "call_function" and any(n.op == "get_attr" and n.target == weight for n in node.all_input_nodes):
-            with graph.inserting_before(node):
-                attribute = graph.get_attr(name)
-            arguments = list(node.args) + [None] * (3 - len(node.args))
-            arguments[2] = attribute
-            node.args = tuple(arguments)
+    for node in users:
+        with graph.inserting_before(node):
+            node.args = (*node.args[:2], graph.get_attr(name), *node.args[3:])
     return [layer_of(weight)]
+
+
+def _is_constant(node: fx.Node, name: str) -> bool:
+    return node.op == "get_attr" and node.target == name
+
+
+def _like(values: Mapping[str, Tensor]) -> Tensor:
+    """A tensor of the network's own type and device."""
+    return next(value for value in values.values() if value.is_floating_point())
 
 
 def _gone(groups: Groups, units: Collection[int]) -> Mask:
@@ -192,22 +237,28 @@ def _labels(groups: Groups, node: fx.Node) -> Labels:
     return labels
 
 
-def _bias_shifts(groups: Groups, gone: Mask, means: Means) -> dict[str, Tensor]:
-    """What the removed channels' means add to each reader's outputs that stay."""
+def _carried(groups: Groups, stand_ins: StandIns) -> dict[str, StandIn]:
+    """Stand-ins of the weights whose readers can carry them."""
+    able = {reader.weight for reader in groups.readers if reader.foldable}
+    return {weight: stand_in for weight, stand_in in stand_ins.items() if weight in able}
+
+
+def _bias_shifts(groups: Groups, gone: Mask, stand_ins: StandIns) -> dict[str, Tensor]:
+    """What the constants add to each reader's outputs that stay."""
     shifts: dict[str, Tensor] = {}
     weights = dict(tensors(groups.network))
     for reader in groups.readers:
-        if reader.weight is None or not reader.foldable or reader.weight in shifts or reader.weight not in means:
+        if reader.weight is None or reader.weight in shifts or reader.weight not in stand_ins:
             continue
         ids = channel_ids(groups, reader)
         if not gone[ids].any():
             continue
         weight = weights[reader.weight].detach()
-        mean = means[reader.weight].to(weight) * torch.from_numpy(gone[ids]).to(weight)
+        constant = stand_ins[reader.weight].constant.to(weight) * torch.from_numpy(gone[ids]).to(weight)
         taps = weight.flatten(2).sum(2) if weight.dim() > 2 else weight  # (out, in of a block)
         blocks = len(ids) // taps.shape[1]
         by_block = taps.reshape(blocks, -1, taps.shape[1])
-        shift = torch.einsum("boi,bi->bo", by_block.double(), mean.double().reshape(blocks, -1)).flatten()
+        shift = torch.einsum("boi,bi->bo", by_block.double(), constant.double().reshape(blocks, -1)).flatten()
         outputs = groups.axes.get((reader.weight, 0))
         if outputs is not None:
             shift = shift[torch.from_numpy(~gone[outputs]).to(shift.device)]
@@ -215,7 +266,7 @@ def _bias_shifts(groups: Groups, gone: Mask, means: Means) -> dict[str, Tensor]:
     return shifts
 
 
-# --- constants of the graph ----------------------------------------------------------------------------------------
+# --- constants of the graph ---------------------------------------------------------------------------------
 
 
 def _kept_counts(labels: Labels, gone: Mask) -> list[int]:
@@ -223,8 +274,7 @@ def _kept_counts(labels: Labels, gone: Mask) -> list[int]:
     counts = list(labels.shape)
     for axis, size in enumerate(labels.array.shape):
         if size > 1:
-            ids = np.moveaxis(labels.array, axis, 0).reshape(size, -1)[:, 0]
-            counts[axis] = int((~gone[ids]).sum())
+            counts[axis] = int((~gone[by_position(labels.array, axis)[:, 0]]).sum())
     return counts
 
 
@@ -241,8 +291,7 @@ def _rewrite(groups: Groups, gone: Mask, twins: Mapping[fx.Node, fx.Node], value
             for labels in _as_list(groups.nodes[part])
         ):
             continue
-        name = getattr(getattr(node.target, "_schema", None), "name", "").removeprefix("aten::")
-        rule = _REWRITES.get(name)
+        rule = _REWRITES.get(operation(node))
         if rule is not None:
             rule(_Edit(groups, gone, node, twin, values))
 
@@ -282,61 +331,78 @@ class _Edit:
         """Which positions along `dim` of a node's result stay."""
         labels = self.labels(node)
         dim %= len(labels.shape)
-        ids = np.moveaxis(labels.array, dim, 0).reshape(labels.array.shape[dim], -1)[:, 0]
-        return np.broadcast_to(~self.gone[ids], (labels.shape[dim],))
+        if labels.array.shape[dim] < 2:  # channels lie along another axis
+            return np.ones(labels.shape[dim], dtype=bool)
+        return ~self.gone[by_position(labels.array, dim)[:, 0]]
 
-    def sizes(self, given: list[Any], kept: list[int], shape: tuple[int, ...]) -> list[Any]:
-        """Sizes of a view: constants for what was narrowed; -1 where the batch is part of it."""
+    def sizes(self, given: Sequence[Any], kept: Sequence[int], shape: Sequence[int]) -> list[Any]:
+        """Sizes for a view: `given`, with a new constant where channels went; -1 stays inferred."""
         new = list(given)
         for axis, (left, full) in enumerate(zip(kept, shape, strict=True)):
-            if left != full:
-                new[axis] = left
-                if isinstance(given[axis], fx.Node):
-                    assert -1 not in new, f"{where(self.node)}: two sizes that depend on the batch"
-                    new[axis] = -1
+            if left == full or given[axis] == -1:
+                continue
+            new[axis] = left
+            if isinstance(given[axis], fx.Node):  # the batch times some channels
+                with self.twin.graph.inserting_before(self.twin):
+                    product = self.twin.graph.call_function(operator.mul, (given[axis], left))
+                    new[axis] = self.twin.graph.call_function(operator.floordiv, (product, full))
         return new
 
-    def select(self, dim: int, positions: Any) -> None:
-        """Replace the operation by picking `positions` along `dim` of its (narrowed) source."""
-        name = f"{self.twin.name}_index"
-        device = next(iter(self.values.values())).device
-        self.values[name] = torch.as_tensor(np.asarray(positions, dtype=np.int64)).to(device)
+    def pick(self, dim: int, positions: npt.NDArray[np.int64]) -> None:
+        """Replace the operation by taking `positions` along `dim` of its (narrowed) source."""
+        name = f"{self.node.name}_index"
+        self.values[name] = torch.from_numpy(positions).to(_like(self.values).device)
         with self.twin.graph.inserting_before(self.twin):
             index = self.twin.graph.get_attr(name)
-        self.twin.target = aten.index_select.default
-        self.twin.args = (self.twin.args[0], dim, index)
+        if positions.ndim == 1:
+            self.twin.target, self.twin.args = aten.index_select.default, (self.twin.args[0], dim, index)
+        else:
+            self.twin.target, self.twin.args = aten.index.Tensor, (self.twin.args[0], [None] * dim + [index])
         self.twin.kwargs = {}
 
 
 def _view(edit: _Edit) -> None:
-    labels = edit.labels()
-    given = argument(edit.node, "size") or argument(edit.node, "shape")
     name = "size" if argument(edit.node, "size") is not None else "shape"
-    twin_sizes = argument(edit.twin, name)
-    # A size of -1 is inferred; the others are stated.
-    new = edit.sizes(list(twin_sizes), _kept_counts(labels, edit.gone), labels.shape)
-    for axis, size in enumerate(given):
-        if size == -1:
-            new[axis] = -1
-    edit.set(name, new)
+    labels = edit.labels()
+    edit.set(name, edit.sizes(argument(edit.twin, name), _kept_counts(labels, edit.gone), labels.shape))
 
 
 def _unflatten(edit: _Edit) -> None:
-    labels = edit.labels()
     dim = int(argument(edit.node, "dim")) % len(edit.labels(edit.source()).shape)
-    sizes = list(argument(edit.twin, "sizes"))
-    edit.set("sizes", edit.sizes(sizes, _kept_counts(labels, edit.gone)[dim : dim + len(sizes)],
-                                 labels.shape[dim : dim + len(sizes)]))
+    given = argument(edit.twin, "sizes")
+    own = slice(dim, dim + len(given))
+    labels = edit.labels()
+    edit.set("sizes", edit.sizes(given, _kept_counts(labels, edit.gone)[own], labels.shape[own]))
 
 
 def _expand(edit: _Edit) -> None:
-    labels = edit.labels()
-    source = edit.labels(edit.source()).shape
-    kept = _kept_counts(labels, edit.gone)
-    sizes = list(argument(edit.twin, "size"))
-    offset = len(sizes) - len(source)
-    new = edit.sizes(sizes, kept, labels.shape)
-    edit.set("size", [size if axis < offset or source[axis - offset] == 1 else -1 for axis, size in enumerate(new)])
+    """Only copies are counted; where the source has more than one position, -1 takes it as it is."""
+    labels, source = edit.labels(), edit.labels(edit.source()).shape
+    offset = len(labels.shape) - len(source)
+    given = [
+        size if axis < offset or source[axis - offset] == 1 else -1
+        for axis, size in enumerate(argument(edit.twin, "size"))
+    ]
+    edit.set("size", edit.sizes(given, _kept_counts(labels, edit.gone), labels.shape))
+
+
+def _squeeze(edit: _Edit) -> None:
+    """An axis that is narrowed down to one channel is not one to squeeze."""
+    shape = edit.labels(edit.source()).shape
+    given = argument(edit.node, "dim")
+    dims = range(len(shape)) if given is None else [given] if isinstance(given, int) else given
+    edit.twin.target = aten.squeeze.dims
+    edit.twin.args, edit.twin.kwargs = (edit.twin.args[0], [dim for dim in dims if shape[dim] == 1]), {}
+
+
+def _pad(edit: _Edit) -> None:
+    """A negative amount takes positions away, of which some may be gone."""
+    amounts = [int(amount) for amount in argument(edit.node, "pad")]
+    for index, amount in enumerate(amounts):
+        if amount < 0:
+            stays = edit.survivors(edit.source(), -1 - index // 2)
+            amounts[index] = -int((stays[amount:] if index % 2 else stays[:-amount]).sum())
+    edit.set("pad", amounts)
 
 
 def _split(edit: _Edit) -> None:
@@ -349,27 +415,24 @@ def _split(edit: _Edit) -> None:
 
 
 def _slice(edit: _Edit) -> None:
-    dim = int(argument(edit.node, "dim") or 0)
+    dim, step = int(argument(edit.node, "dim") or 0), int(argument(edit.node, "step") or 1)
     stays = edit.survivors(edit.source(), dim)
-    step = int(argument(edit.node, "step") or 1)
-    if stays.all() and edit.survivors(edit.node, dim).all():
-        return  # narrowed along another axis
-    start, end = argument(edit.node, "start"), argument(edit.node, "end")
-    taken = np.arange(len(stays))[slice(start, end, step)]
-    rank = np.cumsum(stays) - 1
-    positions = rank[taken[stays[taken]]]
+    if stays.all():
+        return
+    taken = np.arange(len(stays))[slice(argument(edit.node, "start"), argument(edit.node, "end"), step)]
+    positions = _rank(stays)[taken[stays[taken]]]
     if step == 1:
         first = int(positions[0]) if len(positions) else 0
         edit.set("start", first)
         edit.set("end", first + len(positions))
     else:
-        edit.select(dim, positions)
+        edit.pick(dim, positions)
 
 
-def _select_one(edit: _Edit) -> None:
+def _select(edit: _Edit) -> None:
     dim, index = int(argument(edit.node, "dim")), int(argument(edit.node, "index"))
     stays = edit.survivors(edit.source(), dim)
-    edit.set("index", int(np.cumsum(stays)[index % len(stays)]) - 1)
+    edit.set("index", int(_rank(stays)[index]))
 
 
 def _narrow(edit: _Edit) -> None:
@@ -381,37 +444,50 @@ def _narrow(edit: _Edit) -> None:
 
 
 def _pick(edit: _Edit) -> None:
-    """Index along one axis by constants: follow each position to where it lies now."""
-    if edit.node.target is aten.index.Tensor:
+    """Indexing by constants: follow each position to where it lies now."""
+    if operation(edit.node) == "index":
         indices: Any = edit.node.args[1]
-        used = [axis for axis, index in enumerate(indices) if index is not None]
-        dim, index = used[0], indices[used[0]]
-        stays = edit.survivors(edit.source(), dim)
-        if stays.all():
-            return
-        assert len(used) == 1, f"{where(edit.node)} along two axes"
+        dims = [axis for axis, index in enumerate(indices) if index is not None]
+        held = [indices[dim] for dim in dims]
     else:
-        dim, index = int(argument(edit.node, "dim")), argument(edit.node, "index")
+        dims, held = [int(argument(edit.node, "dim"))], [argument(edit.node, "index")]
+    for dim, index in zip(dims, held, strict=True):
         stays = edit.survivors(edit.source(), dim)
         if stays.all():
-            return
-    value = dict(tensors(edit.groups.network))[str(index.target)].cpu()
-    if value.dtype == torch.bool:
-        value = value.nonzero().flatten()
-    positions = value.numpy() % len(stays)
-    edit.select(dim, (np.cumsum(stays) - 1)[positions[stays[positions]]])
+            continue
+        network = edit.groups.network
+        positions = constant(network, shapes(network), index).cpu().numpy() % len(stays)
+        for axis in range(positions.ndim):
+            positions = np.compress(
+                edit.survivors(edit.node, dim % len(edit.labels(edit.source()).shape) + axis),
+                positions,
+                axis=axis,
+            )
+        edit.pick(dim, _rank(stays)[positions])
 
 
 def _roll(edit: _Edit) -> None:
-    """Rolling channels by a constant has no narrow twin: pick them in their new order."""
-    dims = argument(edit.node, "dims")
-    if len(dims) != 1:
-        return
-    dim, shift = int(dims[0]), int(argument(edit.node, "shifts")[0])
-    stays = edit.survivors(edit.source(), dim)
-    if not stays.all():
-        order = np.roll(np.arange(len(stays)), shift)
-        edit.select(dim, (np.cumsum(stays) - 1)[order[stays[order]]])
+    """Rolling channels by a constant has no narrow twin: take them in their new order."""
+    dims, shifts = list(argument(edit.node, "dims")), list(argument(edit.node, "shifts"))
+    for dim, shift in zip(dims, shifts, strict=True):
+        stays = edit.survivors(edit.source(), dim)
+        if not stays.all():
+            others = [axis for axis in range(len(dims)) if dims[axis] != dim]
+            if others:
+                arguments = (
+                    edit.twin.args[0],
+                    *([given[axis] for axis in others] for given in (shifts, dims)),
+                )
+                with edit.twin.graph.inserting_before(edit.twin):
+                    edit.twin.update_arg(0, edit.twin.graph.call_function(aten.roll.default, arguments))
+            order = np.roll(np.arange(len(stays)), shift)
+            edit.pick(dim, _rank(stays)[order[stays[order]]])
+            return
+
+
+def _rank(stays: Mask) -> npt.NDArray[np.int64]:
+    """Where each surviving position lies now."""
+    return np.cumsum(stays) - 1
 
 
 def _blocks(edit: _Edit) -> None:
@@ -459,7 +535,9 @@ _REWRITES: dict[str, Callable[[_Edit], None]] = {
     "expand": _expand,
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), _split),
     "slice": _slice,
-    "select": _select_one,
+    "select": _select,
+    "squeeze": _squeeze,
+    **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     "narrow": _narrow,
     **dict.fromkeys(("index", "index_select"), _pick),
     "roll": _roll,
@@ -474,7 +552,7 @@ _REWRITES: dict[str, Callable[[_Edit], None]] = {
 
 
 def _check_shapes(groups: Groups, gone: Mask, narrow: Network) -> None:
-    """Every tensor of the narrow graph has the shape that its labels say; a difference is a defect of ours."""
+    """Every tensor of the narrow graph has the shape that its labels say; else it is a defect of ours."""
     found = shapes(narrow)
     by_name = {node.name: value for node, value in found.items()}
     for node, held in groups.nodes.items():
@@ -482,5 +560,6 @@ def _check_shapes(groups: Groups, gone: Mask, narrow: Network) -> None:
             continue
         got, wanted = tuple(by_name[node.name].shape), tuple(_kept_counts(held, gone))
         if got != wanted:
-            raise AssertionError(f"{where(node)}: {got} after removal, {wanted} by its labels; please report this")
-
+            raise AssertionError(
+                f"{where(node)}: {got} after removal, {wanted} by its labels; please report this"
+            )

@@ -1,7 +1,7 @@
 """What a device reports: itself, the engines built on it, their latencies and detections."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -26,18 +26,26 @@ class DeviceInfo:
     images: str  # library that decodes and resizes there
     backend: str
     backends: Mapping[str, Mapping[str, Any]]  # by name: {"version", ...} or {"error": {...}}
+    power_mode: str | None = None
+    power_modes: tuple[str, ...] = ()  # that the board has
+    clocks_locked: bool | None = None
 
     @property
     def backend_version(self) -> str | None:
         """Version of the backend in use, None where it does not work."""
         return self.backends.get(self.backend, {}).get("version")
 
+    @property
+    def compute_capability(self) -> str | None:
+        """Of the GPU, "5.3"; None where TensorRT does not work."""
+        return self.backends.get("tensorrt", {}).get("compute_capability")
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "power_modes": list(self.power_modes)}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "DeviceInfo":
-        return cls(**record)
+        return cls(**{**record, "power_modes": tuple(record["power_modes"])})
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,9 @@ class Latencies:
     blocks: tuple[LatencyBlock, ...]  # in the order in which they ran
     warmup_runs: tuple[int, ...]  # per engine
     timer_overhead_ms: float
+    # "before" and "after": power_mode, clocks_locked. "samples": "time_s" on the clock of the blocks,
+    # "temperatures_c", "power_mw", "available_mib", "load", and what tegrastats tells (device/telemetry.py).
+    telemetry: Mapping[str, Any] = field(default_factory=dict)
 
     def samples_ms(self, engine: int, scope: str) -> np.ndarray:
         """All samples of one engine in one scope, in the order of measurement."""
@@ -111,8 +122,30 @@ class Latencies:
             for block in record["blocks"]
         )
         return cls(
-            tuple(record["engines"]), blocks, tuple(record["warmup_runs"]), record["timer_overhead_ms"]
+            tuple(record["engines"]),
+            blocks,
+            tuple(record["warmup_runs"]),
+            record["timer_overhead_ms"],
+            record["telemetry"],
         )
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where an engine's time goes."""
+
+    times_ms: Mapping[str, tuple[float, ...]]  # by layer, one value a run
+    described: str  # the engine by its runtime's inspector, as JSON; "" where there is none
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that is needed, and what to do where it is missing."""
+
+    name: str
+    ok: bool | None  # None: not needed here, or only worth knowing
+    found: str
+    remedy: str
 
 
 @dataclass(frozen=True)

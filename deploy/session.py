@@ -20,12 +20,13 @@ from edgeprune.data.precision import ImageDetections
 from edgeprune.deploy.device.agent import PROTOCOL
 from edgeprune.deploy.device.imaging import DEFAULT_THRESHOLDS, Preprocessing, Thresholds
 from edgeprune.deploy.errors import DeviceError
-from edgeprune.deploy.records import DeviceInfo, Engine, Evaluation, Latencies
+from edgeprune.deploy.records import Check, DeviceInfo, Engine, Evaluation, Latencies, Profile
 from edgeprune.deploy.targets import Target
 from edgeprune.deploy.transport import Completed, Local, Transport, default_folder
 
 Progress = Callable[[Mapping[str, Any]], None]
 
+KILLED = (-9, 137)
 LOCK_WAIT_S = 600.0  # how long a job waits for another one on the same device
 
 
@@ -38,6 +39,8 @@ class Session:
         progress: takes events: {"event": "progress", "stage", "done", "total"}, "build", "waiting".
         lock_wait_s: how long a job may wait for another one on the same device.
         timeout_s: a job that takes longer is ended.
+        power_mode: set for benchmarks and put back afterwards; None: left alone.
+        lock_clocks: whether clocks are held at their highest during benchmarks.
     """
 
     def __init__(
@@ -45,14 +48,17 @@ class Session:
         target: Target,
         transport: Transport,
         progress: Progress | None = None,
+        *,
         lock_wait_s: float = LOCK_WAIT_S,
         timeout_s: float | None = None,
+        power_mode: str | None = None,
+        lock_clocks: bool = False,
     ) -> None:
         self.target = target
         self._transport = transport
-        self._progress = progress
+        self.progress = progress
         self._limits = {"protocol": PROTOCOL, "lock_wait_s": lock_wait_s, "timeout_s": timeout_s}
-        self._there: set[str] = set()  # remote paths known to be on the device
+        self._power = {"mode": power_mode, "lock_clocks": lock_clocks}
 
     def probe(self) -> DeviceInfo:
         """Ask the device what it is and which runtimes work on it.
@@ -61,29 +67,43 @@ class Session:
             DeviceError: If the device or its agent fails, here and below.
         """
         found = self._call("probe", {})
-        return DeviceInfo(
-            target=self.target.name, transport=self._transport.name, backend=self.target.backend, **found
-        )
+        device = {
+            "target": self.target.name,
+            "transport": self._transport.name,
+            "backend": self.target.backend,
+        }
+        return DeviceInfo.from_json({**found, **device})
+
+    def doctor(self) -> tuple[Check, ...]:
+        """Have the device check what it needs."""
+        found = self._call("doctor", {"backend": self.target.backend})
+        return tuple(Check(**check) for check in found["checks"])
+
+    def clean(self) -> int:
+        """Remove sent files, engines and old jobs from the device; returns the bytes freed."""
+        freed: int = self._call("clean", {})["freed_bytes"]
+        return freed
 
     def build(self, model: Path, precision: str = "fp32", options: Mapping[str, Any] | None = None) -> Engine:
         """Build an engine from an ONNX file on the device, or find it built.
 
         Args:
-            options: of the backend; for ONNX Runtime "threads" (1 unless said).
+            options: of the backend. ONNX Runtime: "threads" (1 unless said). TensorRT: "workspace_mib",
+                "batch", "optimization_level", "dla_core", "via" (deploy/device/backend_tensorrt.py).
         """
         if precision not in self.target.precisions:
             known = ", ".join(self.target.precisions)
             raise DeviceError(
                 f"{self.target.name} has no {precision} in hardware; choose from: {known}", "precision"
             )
-        [reference] = self._send([model])
+        files = Files([model])
         job = {
-            "model": reference,
+            "model": files.references[0],
             "backend": self.target.backend,
             "precision": precision,
             "options": dict(options or {}),
         }
-        return Engine.from_json(self._call("build", job))
+        return Engine.from_json(self._call("build", job, files))
 
     def benchmark(
         self,
@@ -108,9 +128,11 @@ class Session:
             warmup_runs: at least, per engine; more until the latency is stable.
             seed: of the blocks' order.
         """
+        files = Files(images)
         job = {
             "engines": [engine.to_json() for engine in engines],
-            "images": self._send(images),
+            "images": files.references,
+            "power": self._power,
             "preprocessing": preprocessing.to_json(),
             "thresholds": thresholds._asdict(),
             "runs": runs,
@@ -119,7 +141,7 @@ class Session:
             "warmup_runs": warmup_runs,
             "seed": seed,
         }
-        found = self._call("bench", job)
+        found = self._call("bench", job, files)
         return Latencies.from_json({**found, "engines": [engine.key for engine in engines]})
 
     def evaluate(
@@ -134,13 +156,14 @@ class Session:
         Args:
             images: image id -> file, as `image_files` gives them.
         """
+        files = Files(list(images.values()))
         job = {
             "engine": engine.to_json(),
-            "images": self._send(list(images.values())),
+            "images": files.references,
             "preprocessing": preprocessing.to_json(),
             "thresholds": thresholds._asdict(),
         }
-        found = self._call("evaluate", job)
+        found = self._call("evaluate", job, files)
         detections = tuple(
             ImageDetections(
                 image_id,
@@ -151,22 +174,27 @@ class Session:
         )
         return Evaluation(detections, found["not_finite"])
 
-    def _send(self, paths: Sequence[Path]) -> list[dict[str, str]]:
-        """Have files on the device under their content's name; returns the references that jobs use."""
-        references = []
-        missing = {}
-        for path in paths:
-            sha256 = sha256_of(path)
-            remote = f"files/{sha256}{path.suffix.lower()}"
-            references.append({"path": remote, "sha256": sha256, "name": path.name})
-            if remote not in self._there:
-                missing[remote] = path
-        if missing:
-            self._transport.put(missing)
-            self._there |= missing.keys()
-        return references
+    def profile(
+        self, engine: Engine, image: Path, preprocessing: Preprocessing, *, runs: int = 50
+    ) -> Profile:
+        """Time the layers of an engine."""
+        files = Files([image])
+        job = {
+            "engine": engine.to_json(),
+            "image": files.references[0],
+            "preprocessing": preprocessing.to_json(),
+            "runs": runs,
+        }
+        found = self._call("profile", job, files)
+        times_ms = {layer: tuple(values) for layer, values in found["times_ms"].items()}
+        return Profile(times_ms, found["described"])
 
-    def _call(self, command: str, job: Mapping[str, Any]) -> Any:
+    def time_with_trtexec(self, engine: Engine, *, runs: int = 100) -> Mapping[str, tuple[float, ...]]:
+        """Time an engine with TensorRT's own command; milliseconds of each run, by scope."""
+        found = self._call("trtexec", {"engine": engine.to_json(), "runs": runs})
+        return {scope: tuple(samples) for scope, samples in found["samples_ms"].items()}
+
+    def _call(self, command: str, job: Mapping[str, Any], files: "Files | None" = None) -> Any:
         """Give the agent a job and return its result."""
         agent, content = _agent_zip()
         folder = f"jobs/{uuid.uuid4().hex}"
@@ -177,18 +205,15 @@ class Session:
             event = json.loads(line)
             if event["event"] == "end":
                 end.update(event)
-            elif self._progress:
-                self._progress(event)
+            elif self.progress:
+                self.progress(event)
 
         with tempfile.TemporaryDirectory() as temporary:
             local = Path(temporary)
-            write_json(local / "job.json", {**job, **self._limits})
-            files = {job_path: local / "job.json"}
-            if agent not in self._there:
-                (local / "agent.zip").write_bytes(content)
-                files[agent] = local / "agent.zip"
-            self._transport.put(files)
-            self._there.add(agent)
+            write_json(local / "job.json", {**job, **self._limits, "job_folder": folder})
+            (local / "agent.zip").write_bytes(content)
+            sent = {agent: local / "agent.zip", job_path: local / "job.json"}
+            self._transport.put({**sent, **(files.by_remote if files else {})})
             arguments = [self._transport.python, agent, "--attached", command, job_path, result_path]
             completed = self._transport.run(arguments, on_line=on_line)
             if not end.get("ok"):
@@ -202,11 +227,30 @@ class Session:
             error = end["error"]
             remedy = f": {error['remedy']}" if error["remedy"] else ""
             return DeviceError(f"{where} failed: {error['message']}{remedy}", error["kind"])
+        if completed.status in KILLED:
+            return DeviceError(
+                f"{where} failed: the agent was killed (137), most likely for memory; close other programs "
+                "there, then run the command again",
+                "killed",
+            )
         said = completed.stderr.strip().splitlines()
         reason = said[-1] if said else "it said nothing"
         return DeviceError(
             f"{where} failed: the agent ended with status {completed.status}: {reason}", "agent"
         )
+
+
+class Files:
+    """Local files under the names of their content, as jobs refer to them."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.references: list[dict[str, str]] = []
+        self.by_remote: dict[str, Path] = {}
+        for path in paths:
+            sha256 = sha256_of(path)
+            remote = f"files/{sha256}{path.suffix.lower()}"
+            self.references.append({"path": remote, "sha256": sha256, "name": path.name})
+            self.by_remote[remote] = path
 
 
 def local_session(target: Target, folder: Path | None = None, progress: Progress | None = None) -> Session:
@@ -233,6 +277,12 @@ def image_files(dataset: Dataset, folder: Path) -> dict[int, Path]:
     return files
 
 
+def agent_sources() -> dict[str, bytes]:
+    """The agent's files by name."""
+    folder = Path(__file__).parent / "device"
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.py"))}
+
+
 @cache
 def _agent_zip() -> tuple[str, bytes]:
     """The agent as one file that Python runs, under a name that tells its content."""
@@ -248,7 +298,7 @@ def _agent_zip() -> tuple[str, bytes]:
             "__main__.py",
             b"import sys\nfrom edgeprune_device.agent import main\nsys.exit(main(sys.argv[1:]))\n",
         )
-        for path in sorted((Path(__file__).parent / "device").glob("*.py")):
-            add(f"edgeprune_device/{path.name}", path.read_bytes())
+        for name, text in agent_sources().items():
+            add(f"edgeprune_device/{name}", text)
     content = buffer.getvalue()
     return f"agent/{hashlib.sha256(content).hexdigest()[:16]}.zip", content

@@ -1,11 +1,13 @@
 """Targets: kinds of device. Their values are defaults: what a probe finds overrides them."""
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from edgeprune.deploy.errors import TargetError
+from edgeprune.deploy.records import DeviceInfo
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,21 @@ class Target:
     memory_mib: int | None  # of the smallest board of the kind
     dla_cores: int
 
+    def fitted(self, info: DeviceInfo) -> "Target":
+        """This target with what the probe of a device found instead of the defaults."""
+        found = info.backends.get("tensorrt", {}).get("version") if self.tensorrt else None
+        return replace(
+            self,
+            tensorrt=found or self.tensorrt,
+            python=info.python,
+            memory_mib=info.memory_mib["total"] or self.memory_mib,
+            max_opset=_max_opset(found) if found else self.max_opset,
+        )
+
+    def without_tensorrt(self) -> "Target":
+        """This kind of device with ONNX Runtime on its CPU: the results say so."""
+        return replace(self, tensorrt=None, precisions=("fp32",))
+
     @property
     def backend(self) -> str:
         """The agent's backend: "tensorrt" or "onnxruntime"."""
@@ -32,6 +49,33 @@ class Target:
     @property
     def is_jetson(self) -> bool:
         return self.board is not None
+
+
+def _max_opset(tensorrt: str) -> int:
+    major, minor = (int(part) for part in tensorrt.split(".")[:2])
+    return 13 if (major, minor) < (8, 5) else 17
+
+
+def detect_target(info: DeviceInfo) -> Target:
+    """The target that a probed device is: by the board's name, else `linux`."""
+    for target in known_targets().values():
+        if target.board and re.search(target.board, info.board):
+            return target
+    return load_target("linux")
+
+
+def check_device(target: Target, info: DeviceInfo) -> None:
+    """Refuse a device of another kind than the target's.
+
+    Raises:
+        TargetError: If its GPU has another compute capability.
+    """
+    found = info.compute_capability
+    if target.compute_capability and found and found != target.compute_capability:
+        raise TargetError(
+            f"{info.board} has compute capability {found}, {target.name} has {target.compute_capability}: "
+            f"use --target {detect_target(info).name}, or --force if you know better"
+        )
 
 
 @cache

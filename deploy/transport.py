@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -52,8 +53,7 @@ class Transport(Protocol):
         Standard input stays open while the caller lives: its end tells the command that the host is gone.
 
         Raises:
-            DeviceError: If the command could not be started, ran longer than `timeout_s`, or the connection was
-                lost.
+            DeviceError: If the command could not be started, took over `timeout_s`, or lost its connection.
         """
 
     def put(self, files: Mapping[str, Path]) -> None:
@@ -107,30 +107,26 @@ class _Processes:
         return process.completed
 
     def put(self, files: Mapping[str, Path]) -> None:
-        sizes = {remote: local.stat().st_size for remote, local in files.items()}
-        order = {
-            "files": [
-                {"path": remote, "size": sizes[remote], "sha256": sha256_of(local)}
-                for remote, local in files.items()
-            ],
-            "limit_bytes": CACHE_LIMIT_BYTES,
-        }
-        answer: dict[str, Any] = {}
+        entries = [
+            {"path": remote, "size": local.stat().st_size, "sha256": sha256_of(local)}
+            for remote, local in files.items()
+        ]
+        order = {"files": entries, "limit_bytes": CACHE_LIMIT_BYTES}
+        answers: list[dict[str, Any]] = []
         with _Process(self.starting()) as process:
+            lines = (json.loads(line) for line in process.lines())
             with contextlib.suppress(BrokenPipeError):  # its last words say why it stopped reading
                 process.write(json.dumps(order).encode() + b"\n")
-                answers = (json.loads(line) for line in process.lines())
-                answer = next(answers, {})
-                for (remote, local), have in zip(files.items(), answer.get("have", []), strict=False):
+                answers += islice(lines, 1)
+                have = answers[0].get("have", []) if answers else []
+                for local, held_bytes in zip(files.values(), have, strict=False):
                     with local.open("rb") as file:
-                        file.seek(have)
-                        left = sizes[remote] - have
-                        while left and (chunk := file.read(min(left, CHUNK_BYTES))):
+                        file.seek(held_bytes)
+                        while chunk := file.read(CHUNK_BYTES):
                             process.write(chunk)
-                            left -= len(chunk)
                 process.end_input()
-            for answer in answers:  # noqa: B007: the last one counts
-                pass
+            answers += lines
+        answer = answers[-1] if answers else {}
         if failure := self.failure(process.completed):
             raise failure
         if "error" in answer:
@@ -229,8 +225,8 @@ class Ssh(_Processes):
             if re.search(pattern, said):
                 return DeviceError(message.format(host=self.name, said=_last_line(said)), kind)
         return DeviceError(
-            f"the connection to {self.name} was lost: {_last_line(said)}; run the command again, it goes on where "
-            "it ended",
+            f"the connection to {self.name} was lost: {_last_line(said)}; run the command again, it goes on "
+            "where it ended",
             "connection",
         )
 
@@ -244,8 +240,8 @@ _SSH_FAILURES = (
     (
         r"REMOTE HOST IDENTIFICATION HAS CHANGED|[Hh]ost key for .* has changed",
         "host-key",
-        "the host key of {host} has changed: it is another device, or was installed anew; if you know why, forget "
-        "the old key (ssh-keygen -R HOST, see `ssh {host}`) and accept the new one with `ssh {host}`",
+        "the host key of {host} has changed: it is another device, or was installed anew; if you know why, "
+        "forget the old key (ssh-keygen -R HOST, see `ssh {host}`) and accept the new one with `ssh {host}`",
     ),
     (
         r"Host key verification failed|No .* host key is known",

@@ -250,7 +250,7 @@ def _use_dla(builder: Any, config: Any, precision: str, core: int) -> None:
 
 
 class _TimingCache:
-    """Measured kernel times of earlier builds on this device, kept beside the engines to shorten later ones."""
+    """Measured kernel times of earlier builds on this device, kept beside the engines for later ones."""
 
     def __init__(self, config: Any) -> None:
         self._config = config
@@ -389,12 +389,32 @@ class _NamedTensors:
         return bool(self._context.execute_async_v3(stream))
 
 
+class _Context:
+    """The process's one CUDA context: memory of engines that are timed together belongs to the same one."""
+
+    context: Any = None
+    users = 0
+
+    @classmethod
+    def enter(cls, cuda: Any) -> None:
+        if cls.users == 0:
+            cls.context = cuda.Device(0).make_context()
+        cls.users += 1
+
+    @classmethod
+    def leave(cls) -> None:
+        cls.users -= 1
+        if cls.users == 0:
+            cls.context.pop()
+            cls.context.detach()
+
+
 class TensorRtRunner(Runner):
-    """An engine on the GPU. The thread that makes it owns the CUDA context, and alone uses it."""
+    """An engine on the GPU. The thread that makes the first one owns the CUDA context, and alone uses it."""
 
     def __init__(self, path: str, options: Dict[str, Any]) -> None:
         self._cuda = cuda_driver()
-        self._cuda_context = self._cuda.Device(0).make_context()
+        _Context.enter(self._cuda)
         try:
             self._load(path, options)
         except BaseException:
@@ -409,7 +429,7 @@ class TensorRtRunner(Runner):
             runtime.DLA_core = options["dla_core"]
         with open(path, "rb") as file:
             self._engine = runtime.deserialize_cuda_engine(file.read())
-        self._context = self._engine.create_execution_context() if self._engine is not None else None
+        self._context: Any = self._engine.create_execution_context() if self._engine is not None else None
         if self._context is None:
             reason = printed.reason() or "it gave no reason"
             message = "TensorRT {} does not load the engine: {}".format(trt.__version__, reason)
@@ -504,8 +524,7 @@ class TensorRtRunner(Runner):
         ):
             if hasattr(self, name):
                 delattr(self, name)
-        self._cuda_context.pop()
-        self._cuda_context.detach()
+        _Context.leave()
 
 
 class _Profiler(trt.IProfiler):  # type: ignore[misc]

@@ -56,6 +56,21 @@ def _run(plan: Dict[str, Any], plan_sha256: str) -> Dict[str, Any]:
     timed = dict(plan["bench"], engines=found["engines"], power=plan["power"], **shared)
     timed["images"] = plan["images"][: plan["bench"]["image_count"]]
     found["bench"] = _job(plan, "bench", "bench", timed)
+    # As a host does: where the board tells its power, each engine also runs alone for a while.
+    tells_power = any(sample.get("power_mw") for sample in found["bench"]["telemetry"]["samples"])
+    found["energy"] = [
+        _job(plan, "bench", "energy-{}".format(index), dict(timed, engines=[engine], **plan["energy"]))
+        for index, engine in enumerate(found["engines"] if tells_power else [])
+    ]
+    found["profiles"] = [
+        _job(
+            plan,
+            "profile",
+            "profile-{}".format(index),
+            dict(shared, engine=engine, image=plan["images"][0], runs=plan["profile_runs"]),
+        )
+        for index, engine in enumerate(found["engines"])
+    ]
     found["evaluations"] = [
         _job(
             plan, "evaluate", "evaluate-{}".format(index), dict(shared, engine=engine, images=plan["images"])

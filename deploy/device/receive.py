@@ -7,13 +7,16 @@ FILE.part, and the next try goes on there. Old content in files/ makes room when
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import sys
-from typing import Any, BinaryIO, Dict, Set
+import time
+from typing import Any, BinaryIO, Dict, Set, TextIO
 
 CHUNK = 1 << 16
+LOCK_WAIT_S = 60.0
 KEPT_FREE_BYTES = 64 << 20  # on the disk, for results and logs
 
 
@@ -29,6 +32,21 @@ def sha256_of(path: str) -> str:
         for chunk in iter(lambda: file.read(CHUNK), b""):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def hold_folder() -> TextIO:
+    """Wait for an earlier transfer to end: one whose connection was cut may still be writing what it got."""
+    lock = open("receive.lock", "w", encoding="utf-8")  # held until this process ends
+    give_up_at = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:  # noqa: PERF203
+            if time.monotonic() > give_up_at:
+                message = "another transfer to the device is going on"
+                raise Failure("busy", message, "wait for it to end, then run the command again") from None
+            time.sleep(0.1)
 
 
 def held_bytes(entry: Dict[str, Any]) -> int:
@@ -104,6 +122,7 @@ def main(root: str) -> None:
     try:
         os.makedirs(root, mode=0o700, exist_ok=True)
         os.chdir(root)
+        lock = hold_folder()
         order = json.loads(source.readline().decode("utf-8"))
         files = order["files"]
         for entry in files:
@@ -115,10 +134,11 @@ def main(root: str) -> None:
         make_room(needed, order["limit_bytes"], {entry["path"] for entry in files})
         sink.write(json.dumps({"have": have}) + "\n")
         sink.flush()
-        for entry, held in zip(files, have):  # noqa: B905 (Python 3.10)
+        for entry, held in zip(files, have):
             place = entry["path"]
             receive(entry, held, source)
         sink.write(json.dumps({"ok": True}) + "\n")
+        lock.close()
     except Failure as failure:
         sink.write(json.dumps({"error": failure.record}) + "\n")
     except OSError as error:

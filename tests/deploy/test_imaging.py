@@ -7,6 +7,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
 from edgeprune.deploy.device import imaging
 from edgeprune.deploy.device.imaging import (
     ImageError,
@@ -19,9 +23,6 @@ from edgeprune.deploy.device.imaging import (
     normalise,
     postprocess,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image
 
 CENTRED = Preprocessing()
 WHOLE = Placement(1.0, 1.0, 0, 0, 1000, 1000)

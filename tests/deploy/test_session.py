@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from small_model import SIZE, write_model
+
 from edgeprune.data.dataset import Dataset, Sample
 from edgeprune.deploy.device.imaging import Preprocessing, letterbox, load_image, normalise, postprocess
 from edgeprune.deploy.errors import DeviceError
@@ -20,34 +22,13 @@ from edgeprune.deploy.records import DeviceInfo, Engine, Latencies
 from edgeprune.deploy.session import Session, image_files, local_session
 from edgeprune.deploy.targets import load_target
 from edgeprune.deploy.transport import Local
-from small_model import SIZE, write_images, write_model
 
 PREPROCESSING = Preprocessing("rgb", (100.0, 110.0, 120.0), (60.0, 60.0, 60.0), 30)
 
 
 @pytest.fixture
-def events() -> list[Mapping[str, Any]]:
-    return []
-
-
-@pytest.fixture
-def work(tmp_path: Path) -> Path:
-    return tmp_path / "work"
-
-
-@pytest.fixture
 def session(work: Path, events: list[Mapping[str, Any]]) -> Session:
     return local_session(load_target("host"), work, events.append)
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return write_model(tmp_path / "model.onnx")
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> dict[int, Path]:
-    return write_images(tmp_path)
 
 
 def replace_runtime(monkeypatch: pytest.MonkeyPatch, folder: Path, body: str) -> None:
@@ -257,6 +238,7 @@ def test_two_jobs_do_not_share_the_device(
 ) -> None:
     """While one job holds the device another one waits, and gives up after the time it was given."""
     session = Session(load_target("host"), Local(work), events.append, lock_wait_s=0.3)
+    work.mkdir()
     lock = "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX)"
     command = [sys.executable, "-c", f"{lock}; print(1, flush=True); input()", str(work / "device.lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:

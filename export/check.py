@@ -1,11 +1,13 @@
 """Will the target's TensorRT read this ONNX file? Known before the board is touched, for any exporter's file.
 
-A violation names node, operator, reason and remedy. What the parser reads with a loss is a warning. Restrictions
-come from the published operator tables (operators.py) and, where those are silent, from field reports.
+A violation names node, operator, reason and remedy; what the parser reads with a loss is a warning.
+Restrictions come from the published operator tables (operators.py) and, where those are silent, from field
+reports.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, defs, numpy_helper
+from onnx.inliner import inline_local_functions
 
 from edgeprune.export.errors import ExportError
 from edgeprune.export.operators import Entry, OperatorTable, table_for
@@ -21,7 +24,7 @@ from edgeprune.export.operators import Entry, OperatorTable, table_for
 STANDARD_DOMAINS = ("", "ai.onnx")
 MAX_RANK = 8  # TensorRT's Dims::MAX_DIMS
 # TensorRT's names of ONNX's element types.
-TYPE_NAMES = {
+TYPE_NAMES: dict[int, str] = {
     TensorProto.FLOAT: "FP32",
     TensorProto.FLOAT16: "FP16",
     TensorProto.BFLOAT16: "BF16",
@@ -32,10 +35,10 @@ TYPE_NAMES = {
     TensorProto.UINT8: "UINT8",
     TensorProto.BOOL: "BOOL",
 }
-ARITHMETIC = frozenset(
-    ("Abs", "Add", "Div", "Max", "Mean", "Min", "Mod", "Mul", "Neg", "Pow", "Sub", "Sum")
-    + ("ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum")
-)
+ARITHMETIC = {
+    *("Abs", "Add", "Div", "Max", "Mean", "Min", "Mod", "Mul", "Neg", "Pow", "Sub", "Sum"),
+    *("ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"),
+}
 QUANTISED = ("QuantizeLinear", "DequantizeLinear")
 
 
@@ -48,6 +51,10 @@ class Violation:
     reason: str
     remedy: str
     severity: Literal["error", "warning"] = "error"
+
+    def __str__(self) -> str:
+        where = f"{self.node} ({self.operator}): " if self.operator else ""
+        return f"{where}{self.reason}; remedy: {self.remedy}"
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,9 @@ class CheckReport:
     @property
     def ok(self) -> bool:
         return all(violation.severity != "error" for violation in self.violations)
+
+    def __str__(self) -> str:
+        return ". ".join(str(violation) for violation in self.violations)
 
 
 def check_model(path: Path, tensorrt: str, *, int8: bool = True) -> CheckReport:
@@ -82,14 +92,14 @@ def check_model(path: Path, tensorrt: str, *, int8: bool = True) -> CheckReport:
         raise ExportError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # protobuf's error, whose class is not public
         raise ExportError(f"{path} is no ONNX file, or a damaged one: {error}") from error
-    found = [*_check_file(model, path.parent, table), *_check_external_data(model, path.parent)]
+    found = [*_check_file(model, table), *_check_external_data(model, path.parent)]
     if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
+        model = inline_local_functions(model)
     found += _check_nodes(model, table, tensorrt, int8)
     return CheckReport(tensorrt, table.tensorrt, table.verified, tuple(found))
 
 
-def _check_file(model: ModelProto, folder: Path, table: OperatorTable) -> Iterator[Violation]:
+def _check_file(model: ModelProto, table: OperatorTable) -> Iterator[Violation]:
     if not model.graph.node or not model.graph.output:
         yield Violation(
             "",
@@ -177,9 +187,13 @@ class _Graph:
     table: OperatorTable
     tensorrt: str
     types: dict[str, int]
-    ranks: dict[str, tuple[int | None, ...]]  # shapes; None for a free dimension
+    shapes: dict[str, tuple[int | None, ...]]  # None for a free dimension
     origins: dict[str, Origin]
     constants: dict[str, TensorProto]
+
+    @property
+    def version(self) -> str:
+        return f"TensorRT {self.table.tensorrt}"
 
 
 @dataclass(frozen=True)
@@ -201,7 +215,7 @@ class _Node:
         return self.proto.input[slot] if slot < len(self.proto.input) else ""
 
     def shape(self, slot: int) -> tuple[int | None, ...] | None:
-        return self.graph.ranks.get(self.proto.input[slot]) if slot < len(self.proto.input) else None
+        return self.graph.shapes.get(self.proto.input[slot]) if slot < len(self.proto.input) else None
 
     def type(self, slot: int) -> int:
         return self.graph.types.get(self.proto.input[slot], TensorProto.UNDEFINED)
@@ -219,10 +233,8 @@ Finding = tuple[str, str] | tuple[str, str, Literal["error", "warning"]]  # reas
 
 
 def _check_nodes(model: ModelProto, table: OperatorTable, tensorrt: str, int8: bool) -> Iterator[Violation]:
-    try:
+    with suppress(onnx.shape_inference.InferenceError):  # the faults that it stumbles over are named below
         model = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    except Exception:  # shapes are then what the file itself says; its faults are found one by one below
-        pass
     graph = _Graph(_opset(model), int8, table, tensorrt, {}, {}, {}, {})
     yield from _check_graph(model.graph, graph)
 
@@ -233,7 +245,7 @@ def _check_graph(proto: GraphProto, graph: _Graph) -> Iterator[Violation]:
         graph.types[value.name] = tensor.elem_type
         if tensor.HasField("shape"):
             dims = tensor.shape.dim
-            graph.ranks[value.name] = tuple(d.dim_value if d.HasField("dim_value") else None for d in dims)
+            graph.shapes[value.name] = tuple(d.dim_value if d.HasField("dim_value") else None for d in dims)
     for value in proto.input:
         graph.origins[value.name] = Origin.DATA
     for tensor in proto.initializer:
@@ -255,7 +267,7 @@ def _check_graph(proto: GraphProto, graph: _Graph) -> Iterator[Violation]:
 
 def _note_constant(graph: _Graph, name: str, tensor: TensorProto) -> None:
     graph.types[name] = tensor.data_type
-    graph.ranks[name] = tuple(tensor.dims)
+    graph.shapes[name] = tuple(tensor.dims)
     graph.origins[name] = Origin.CONSTANT
     graph.constants[name] = tensor
 
@@ -268,7 +280,7 @@ def _note_outputs(node: NodeProto, graph: _Graph) -> None:
         (graph.origins.get(name, Origin.DATA) for name in node.input if name), default=Origin.CONSTANT
     )
     if node.op_type in ("Shape", "Size"):
-        shape = graph.ranks.get(node.input[0])
+        shape = graph.shapes.get(node.input[0])
         origin = Origin.DYNAMIC_SHAPE if shape is None or None in shape else Origin.STATIC_SHAPE
     if node.op_type.startswith("Random") or any(a.type == AttributeProto.GRAPH for a in node.attribute):
         origin = Origin.DATA
@@ -286,15 +298,14 @@ def _check_node(proto: NodeProto, graph: _Graph) -> Iterator[Finding]:
         return
     if proto.domain not in STANDARD_DOMAINS or not defs.has(proto.op_type):
         yield (
-            f"{proto.domain or 'no domain'}::{proto.op_type} is no ONNX operator but a plugin, which plain TensorRT "
-            "lacks",
+            f"{proto.op_type} of domain {proto.domain!r} is no ONNX operator but needs a plugin",
             "export without it; for NMS plugins end the graph at boxes and scores",
         )
         return
     entry = graph.table.entries.get(proto.op_type)
     if entry is None or entry.value != "Y":
         said = "is not in the operator table of" if entry is None else "is not supported by"
-        yield f"{proto.op_type} {said} TensorRT {graph.table.tensorrt}", _replacement(proto.op_type)
+        yield f"{proto.op_type} {said} {graph.version}", _replacement(proto.op_type)
         return
     try:
         schema = defs.get_schema(proto.op_type, graph.opset)
@@ -320,7 +331,7 @@ def _replacement(operator: str) -> str:
     replacements = {
         "Mod": "compute a - floor(a / b) * b, or fold it",
         "Reciprocal": "divide 1 by it",
-        "LayerNormalization": "export with opset 13 to 16, which writes it as ReduceMean, Sub, Pow, Sqrt and Div",
+        "LayerNormalization": "export with an opset below 17, which writes it out as arithmetic",
         "HardSwish": "export with opset 13, which writes it as HardSigmoid and Mul",
         "NonZero": "end the graph before it",
         "OneHot": "compare with a constant range",
@@ -332,7 +343,7 @@ def _replacement(operator: str) -> str:
 def _check_types(node: _Node, entry: Entry) -> Iterator[Finding]:
     """Element types of the inputs that may be floats; shapes and indices are TensorRT's own business."""
     allowed = {c.type_param_str: c.allowed_type_strs for c in node.schema.type_constraints}
-    int64 = "INT64" in graph_types(node.graph.table)
+    int64 = "INT64" in node.graph.table.entries["Add"].types
     for slot, name in enumerate(node.proto.input):
         formal = node.schema.inputs[min(slot, len(node.schema.inputs) - 1)]
         kind = TYPE_NAMES.get(node.graph.types.get(name, TensorProto.UNDEFINED))
@@ -345,27 +356,28 @@ def _check_types(node: _Node, entry: Entry) -> Iterator[Finding]:
             continue
         if kind == "INT64" and not int64 and node.proto.op_type in ARITHMETIC:
             yield (
-                f"arithmetic on INT64 ({name}); TensorRT {node.graph.table.tensorrt} has no INT64, clamps to INT32",
+                f"INT64 arithmetic on {name}; {node.graph.version} clamps INT64 to INT32",
                 "compute in int32 or float32, or outside the graph",
             )
             continue
+        if (
+            kind == "UINT8"
+            and node.graph.origins.get(name) is Origin.DATA
+            and not node.graph.table.uint8_input
+        ):
+            continue  # named once, for the file
         if kind == "INT64" and not int64:
             kind = "INT32"  # how the parser reads it
         if kind not in entry.types and not (kind in ("INT8", "UINT8") and node.proto.op_type in QUANTISED):
             yield (
-                f"{name} is {kind}; TensorRT {node.graph.table.tensorrt} takes {', '.join(sorted(entry.types))}",
+                f"{name} is {kind}; {node.graph.version} takes {', '.join(sorted(entry.types))}",
                 f"cast to {'FP32' if 'FP32' in entry.types else sorted(entry.types)[0]} before it",
             )
 
 
-def graph_types(table: OperatorTable) -> frozenset[str]:
-    """Types that a TensorRT version has at all: those it can add."""
-    return table.entries["Add"].types
-
-
 def _check_rank(node: _Node) -> Iterator[Finding]:
     for name in (*node.proto.input, *node.proto.output):
-        shape = node.graph.ranks.get(name)
+        shape = node.graph.shapes.get(name)
         if shape is not None and len(shape) > MAX_RANK:
             yield f"{name} has {len(shape)} dimensions; TensorRT has at most {MAX_RANK}", "merge dimensions"
     shape = node.shape(0)
@@ -416,9 +428,7 @@ def _needs_constants(node: _Node, entry: Entry) -> Iterator[Finding]:
             TensorProto.FLOAT16,
         ):
             continue
-        yield from _constant_inputs(
-            node, names, f"TensorRT {node.graph.table.tensorrt}: {sentence.rstrip('.')}"
-        )
+        yield from _constant_inputs(node, names, f"{node.graph.version}: {sentence.rstrip('.')}")
 
 
 def _zero_point(node: _Node, _: Entry) -> Iterator[Finding]:
@@ -433,7 +443,7 @@ def _spatial(least: int, most: int) -> Callable[[_Node, Entry], Iterator[Finding
         shape = node.shape(0)
         if shape is not None and not least <= len(shape) - 2 <= most:
             yield (
-                f"{len(shape)}-D tensor; TensorRT {node.graph.table.tensorrt} takes {least + 2}-D"
+                f"{len(shape)}-D tensor; {node.graph.version} takes {least + 2}-D"
                 f"{f' to {most + 2}-D' if most > least else ''}",
                 "reshape it, or write it with 4-D tensors",
             )
@@ -448,7 +458,7 @@ def _attribute(name: str, allowed: Iterable[Any]) -> Callable[[_Node, Entry], It
         if value is not None and value not in allowed:
             choices = ", ".join(str(choice) for choice in allowed)
             yield (
-                f"{name} {value}; TensorRT {node.graph.table.tensorrt} takes {choices}",
+                f"{name} {value}; {node.graph.version} takes {choices}",
                 f"use {name} {choices}",
             )
 
@@ -484,10 +494,10 @@ def _static_input(node: _Node, _: Entry) -> Iterator[Finding]:
 def _small_k(node: _Node, _: Entry) -> Iterator[Finding]:
     value = node.value(node.input("K"))
     if value is not None and value.max(initial=0) >= 3840:
-        yield f"K {value.max()}; TensorRT {node.graph.table.tensorrt} takes less than 3840", "choose fewer"
+        yield f"K {value.max()}; {node.graph.version} takes less than 3840", "choose fewer"
 
 
-# A phrase of the published restriction, and what it forbids. Phrases that a file cannot show are left to the builder.
+# A phrase of a published restriction, and what it forbids. What a file cannot show is left to the builder.
 RESTRICTIONS: list[tuple[str, Callable[[_Node, Entry], Iterator[Finding]]]] = [
     (r"initi?ali[sz]er|initailizer|constant", _needs_constants),
     (r"zero_point must be", _zero_point),

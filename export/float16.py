@@ -32,8 +32,9 @@ def to_float16(model: ModelProto) -> ModelProto:
     half_weights: dict[str, TensorProto] = {}
     halved: set[str] = set()  # float32 tensors that have a float16 version
 
-    def cast(source: str, result: str, to: int) -> None:
-        nodes.append(helper.make_node("Cast", [source], [result], f"{result}/Cast", to=to))
+    def cast(source: str, result: str, beside: NodeProto, to: int) -> None:
+        name = f"{beside.name}/Cast/{sum(node.op_type == 'Cast' for node in nodes)}"
+        nodes.append(helper.make_node("Cast", [source], [result], name, to=to))
 
     for original in graph.node:
         node = NodeProto()
@@ -46,7 +47,7 @@ def to_float16(model: ModelProto) -> ModelProto:
                 if name in weights and name not in half_weights:
                     half_weights[name] = _half_tensor(weights[name])
                 elif name in floats and name not in halved:
-                    cast(name, _half(name), TensorProto.FLOAT16)
+                    cast(name, _half(name), node, TensorProto.FLOAT16)
                     halved.add(name)
             for attribute in node.attribute:
                 if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
@@ -55,8 +56,8 @@ def to_float16(model: ModelProto) -> ModelProto:
             node.output[:] = [_half(name) if name in floats else name for name in node.output]
             nodes.append(node)
             halved.update(outputs)
-            for name in wanted_single.intersection(outputs):
-                cast(_half(name), name, TensorProto.FLOAT)
+            for name in sorted(wanted_single.intersection(outputs)):
+                cast(_half(name), name, node, TensorProto.FLOAT)
         else:
             nodes.append(node)
 

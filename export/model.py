@@ -28,12 +28,12 @@ from edgeprune.detectors.protocol import Detector
 from edgeprune.export.errors import ExportError
 from edgeprune.export.float16 import HALF, to_float16
 from edgeprune.export.runtime import OnnxModel, detections_of, inputs_of
-from edgeprune.export.tidy import WEIGHTED, free_batch, tidy
+from edgeprune.export.tidy import WEIGHTED, check_free_batch, free_batch, tidy
 
 MAX_IR_VERSION = (
     8  # the parsers of TensorRT 8 and ONNX Runtime 1.10, the last for Python 3.6, read no newer one
 )
-TRACED_BATCH = 7  # when the batch is to be free: no channel count or size of a detector is 7
+TRACED_BATCH = 7  # when the batch is to be free; no activation has another first dimension of 7
 MAX_BOX_DIFFERENCE_PX = 0.05
 MAX_SCORE_DIFFERENCE = 1e-4
 
@@ -69,6 +69,9 @@ class Batch:
         if re.fullmatch(r"\d+:\d+:\d+", text):
             return cls(*map(int, text.split(":")))
         raise ExportError(f"batch {text!r}: give a number, or MIN:OPT:MAX such as 1:4:8")
+
+
+SINGLE = Batch()
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ class _Deployed(nn.Module):
             mean, std = (
                 torch.tensor(values)[:, None, None] for values in (self._normalise.mean, self._normalise.std)
             )
-            images = images.permute(0, 3, 1, 2).float()
+            images = images.float().permute(0, 3, 1, 2)  # cast first: TensorRT does nothing else with UINT8
             if self._normalise.color == "rgb":
                 images = images[:, [2, 1, 0]]
             images = (images - mean) / std
@@ -156,7 +159,7 @@ def export_onnx(
     *,
     opset: int,
     metadata: Mapping[str, str],
-    batch: Batch = Batch(),
+    batch: Batch = SINGLE,
     input: Literal["float32", "uint8"] = "float32",
     precision: Literal["fp32", "fp16"] = "fp32",
 ) -> ExportedModel:
@@ -184,7 +187,11 @@ def export_onnx(
     traced = _trace(detector, network, opset, images, input)
     model = tidy(traced, "network")
     if batch.dynamic:
-        model = free_batch(model, TRACED_BATCH)
+        freed = free_batch(model, TRACED_BATCH)
+        if freed is None:  # traced with a free batch instead, the graph keeps arithmetic on its shape
+            freed = tidy(_trace(detector, network, opset, images, input, free=True), "network")
+            check_free_batch(freed)
+        model = freed
     if precision == "fp16":
         model = to_float16(model)
     model.ir_version = min(model.ir_version, MAX_IR_VERSION)
@@ -238,7 +245,9 @@ def write_model(
     )
 
 
-def _trace(detector: Detector, network: nn.Module, opset: int, images: int, input: str) -> onnx.ModelProto:
+def _trace(
+    detector: Detector, network: nn.Module, opset: int, images: int, input: str, *, free: bool = False
+) -> onnx.ModelProto:
     uint8 = input == "uint8"
     deployed = _Deployed(
         copy.deepcopy(network).cpu().float().eval(),
@@ -264,6 +273,7 @@ def _trace(detector: Detector, network: nn.Module, opset: int, images: int, inpu
                 training=torch.onnx.TrainingMode.PRESERVE,
                 input_names=["images"],
                 output_names=["boxes", "scores"],
+                dynamic_axes={name: {0: "batch"} for name in ("images", "boxes", "scores")} if free else None,
             )
     except torch.onnx.errors.OnnxExporterError as error:
         raise ExportError(f"the network cannot be expressed in ONNX opset {opset}: {error}") from error

@@ -1,8 +1,8 @@
 """What each TensorRT version's ONNX parser accepts: the published operator tables, in operators.tsv.
 
-A row of the file is one entry of one version with its source; `verified` is "no" where the source could not be
-read for that very version. Beside operators (value Y or N, element types, restrictions as published) a version
-has the entries `opset` and `opset from` (highest and lowest), `ir_version` (highest) and `uint8 input`.
+A row of the file is one entry of one version with its source; `verified` is "no" where the source could not
+be read for that very version. Beside operators (value Y or N, element types, restrictions as published) a
+version has the entries `opset` and `opset from` (highest and lowest), `ir_version` (highest), `uint8 input`.
 """
 
 import csv

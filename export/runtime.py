@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 
 from edgeprune.data.dataset import Dataset
@@ -14,8 +15,27 @@ from edgeprune.deploy.device.imaging import Placement, Preprocessing, letterbox,
 from edgeprune.export.errors import ExportError
 
 
+def open_session(path: Path, changed: onnx.ModelProto | None = None) -> onnxruntime.InferenceSession:
+    """Load a file, or the model made of it, in ONNX Runtime on the CPU.
+
+    Raises:
+        ExportError: If ONNX Runtime refuses it.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    source = path.as_posix() if changed is None else changed.SerializeToString()
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's errors share no public base class
+        raise ExportError(f"ONNX Runtime cannot load {path}: {error}") from error
+
+
 class OnnxModel:
     """An edgeprune ONNX file in ONNX Runtime; what it needs to know of the detector is in the file.
+
+    Args:
+        path: of the file.
+        changed: the file's model with outputs added, to run in its stead.
 
     Attributes:
         input_size: ``(H, W)``, pixels.
@@ -26,15 +46,8 @@ class OnnxModel:
         ExportError: If the file cannot be loaded or was not exported by edgeprune.
     """
 
-    def __init__(self, path: Path) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors only
-        try:
-            self._session = onnxruntime.InferenceSession(
-                path.as_posix(), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime's errors share no public base class
-            raise ExportError(f"ONNX Runtime cannot load {path}: {error}") from error
+    def __init__(self, path: Path, changed: onnx.ModelProto | None = None) -> None:
+        self._session = open_session(path, changed)
         metadata = self._session.get_modelmeta().custom_metadata_map
         try:
             self.preprocessing = Preprocessing.from_json(json.loads(metadata["preprocessing"]))
@@ -52,12 +65,18 @@ class OnnxModel:
     def prepare(self, image: np.ndarray) -> tuple[np.ndarray, Placement]:
         """Turn an image ``(H, W, 3)`` uint8 BGR into this model's input for it, and where it lies in that."""
         canvas, placement = letterbox(image, self.input_size, self.preprocessing)
-        return (canvas[None] if self.uint8 else normalise(canvas, self.preprocessing)), placement
+        images = canvas[None] if self.uint8 else normalise(canvas, self.preprocessing)
+        return images.repeat(self._batch, axis=0), placement
 
     def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return boxes ``(M, 4)``, xyxy input pixels, and scores ``(M,)`` for the input of one image."""
-        boxes, scores = self._session.run(["boxes", "scores"], {"images": images.repeat(self._batch, axis=0)})
+        """Return boxes ``(M, 4)``, xyxy input pixels, and scores ``(M,)`` for what `prepare` made."""
+        boxes, scores = self.run_all(["boxes", "scores"], images)
         return boxes[0], scores[0]
+
+    def run_all(self, names: Sequence[str], images: np.ndarray) -> Sequence[np.ndarray]:
+        """Return the named outputs for what `prepare` made, with their batch."""
+        outputs: Sequence[np.ndarray] = self._session.run(list(names), {"images": images})
+        return outputs
 
 
 def inputs_of(

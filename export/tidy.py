@@ -40,17 +40,17 @@ def tidy(model: ModelProto, network_scope: str) -> ModelProto:
     return onnx.shape_inference.infer_shapes(tidied, strict_mode=True, data_prop=True)
 
 
-def free_batch(model: ModelProto, traced: int) -> ModelProto:
+def free_batch(model: ModelProto, traced: int) -> ModelProto | None:
     """Let the first dimension of a static model be any number, named "batch".
 
     A network traced with a free batch computes each Reshape's target from the input's shape; here the target
     stays a constant whose first entry copies the input's batch.
 
     Args:
-        traced: the batch it was traced with, a number that no other dimension has.
+        traced: the batch it was traced with, a number that no other first dimension of an activation has.
 
-    Raises:
-        ExportError: If another node than Reshape has the batch built in.
+    Returns:
+        A new model; None if another node than Reshape has the batch built in.
     """
     free = ModelProto()
     free.CopyFrom(model)
@@ -66,13 +66,35 @@ def free_batch(model: ModelProto, traced: int) -> ModelProto:
     free.graph.ClearField("value_info")
     try:
         free = onnx.shape_inference.infer_shapes(free, check_type=True, strict_mode=True, data_prop=True)
-    except onnx.shape_inference.InferenceError as error:
-        raise ExportError(f"the batch cannot be left free, a node has it built in: {error}") from error
-    for value in free.graph.value_info:
-        dims = value.type.tensor_type.shape.dim
-        if dims and dims[0].dim_value == traced:
-            raise ExportError(f"the batch cannot be left free: {value.name} has {traced} images built in")
-    return free
+    except onnx.shape_inference.InferenceError:
+        return None
+    if any(value.type.tensor_type.shape.dim[0].dim_value == traced for value in _activations(free.graph)):
+        return None
+    return free if _outputs_follow_input(free.graph) else None
+
+
+def check_free_batch(model: ModelProto) -> None:
+    """Accept a model that was traced with a free batch.
+
+    Raises:
+        ExportError: If an output has the traced batch built in.
+    """
+    if not _outputs_follow_input(model.graph):
+        raise ExportError("the batch cannot be left free: an output does not depend on the images' batch")
+
+
+def _activations(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
+    return [value for value in graph.value_info if value.type.tensor_type.shape.dim]
+
+
+def _outputs_follow_input(graph: onnx.GraphProto) -> bool:
+    """Whether every output is computed from the input (a constant one has a batch of its own)."""
+    reached = {value.name for value in graph.input}
+    for node in graph.node:
+        if reached.intersection(node.input):
+            reached.update(node.output)
+    free = all(output.type.tensor_type.shape.dim[0].dim_param for output in graph.output)
+    return free and all(output.name in reached for output in graph.output)
 
 
 def fold_batch_norm(graph: onnx.GraphProto) -> None:

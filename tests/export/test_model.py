@@ -115,6 +115,44 @@ def test_dynamic_batch(detector: SmallDetector, tmp_path: Path) -> None:
             np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-5)
 
 
+class Expanding(SmallDetector):
+    """Its boxes do not depend on the image: a constant, expanded to the batch."""
+
+    def decode(self, raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        _, scores = super().decode(raw)
+        return torch.arange(4.0 * 384).reshape(1, 384, 4).expand(raw.shape[0], -1, -1), scores
+
+
+def test_dynamic_batch_of_expanded_constants(tmp_path: Path) -> None:
+    """Where decoding has the batch in a shape, that is computed on the device: any batch goes through."""
+    torch.manual_seed(0)
+    detector = Expanding().eval()
+    batch = Batch.parse("1:2:8")
+    exported = export_onnx(detector, detector, tmp_path / "d.onnx", opset=13, metadata={}, batch=batch)
+    for size in (1, 3):
+        images = np.random.default_rng(size).normal(size=(size, 3, 64, 96)).astype(np.float32)
+        for actual, wanted in zip(run(exported.path, images), expected(detector, images), strict=True):
+            np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-5)
+
+
+class Baked(SmallDetector):
+    """Takes the batch as a Python number: tracing makes it a constant."""
+
+    def decode(self, raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        _, scores = super().decode(raw)
+        return torch.zeros(1, 384, 4).expand(len(raw), -1, -1), scores
+
+
+def test_batch_that_cannot_be_free(tmp_path: Path) -> None:
+    """A batch that decoding has built in is refused, and no file is left."""
+    detector = Baked().eval()
+    with pytest.raises(ExportError, match="batch cannot be left free"):
+        export_onnx(
+            detector, detector, tmp_path / "d.onnx", opset=13, metadata={}, batch=Batch.parse("1:2:8")
+        )
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("text", ["0", "2:1:4", "1:2", "a", "-1", "1:8:4"])
 def test_bad_batch(text: str) -> None:
     """A batch that is no number or no ascending range is refused with what was given."""

@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from edgeprune.benchmarks.compare import on_front
 from edgeprune.benchmarks.records import Report
 from edgeprune.benchmarks.summary import Figures
 
@@ -62,8 +63,13 @@ def draw(report: Report, rows: Sequence[Figures]) -> list[Drawing]:
         ap_by_iteration(rows),
         latency_by_iteration(report, rows),
         ap_by_latency(rows),
+        speed_against_macs(rows),
         size_by_iteration(rows),
+        latency_histogram(report),
         channels_by_layer(report),
+        time_by_layer(report),
+        importance_by_layer(report),
+        telemetry_over_time(report),
     ]
     return [drawing for drawing in candidates if drawing is not None]
 
@@ -81,12 +87,11 @@ def ap_by_iteration(rows: Sequence[Figures]) -> Drawing | None:
                 canvas.axes.plot(*zip(*points, strict=True), style, color=color, label=label)
         if not canvas.axes.lines:
             return None
-        canvas.axes.set(xlabel="pruning iteration", ylabel="AP50", ylim=(0, None))
+        canvas.axes.set(xlabel="pruning iteration", ylabel="AP50")
+        canvas.axes.set_ylim(0, 1.08 * canvas.axes.get_ylim()[1])
         _whole_steps(canvas.axes)
         canvas.axes.legend(loc="lower left")
-        return canvas.drawing(
-            "AP50 against iteration", "What each pruning pass cost, and what fine-tuning won back."
-        )
+        return canvas.drawing("AP50 against iteration", "What each pass cost, and what fine-tuning won back.")
 
 
 def latency_by_iteration(report: Report, rows: Sequence[Figures]) -> Drawing | None:
@@ -117,50 +122,106 @@ def latency_by_iteration(report: Report, rows: Sequence[Figures]) -> Drawing | N
 
 
 def ap_by_latency(rows: Sequence[Figures]) -> Drawing | None:
-    measured = [
-        row for row in rows if row["latency_engine_p50_ms"] is not None and row["device_ap50"] is not None
-    ]
+    measured = [row for row in rows if on_front(row, rows) is not None]
     if not measured:
         return None
     with _canvas("pareto") as canvas:
         axes = canvas.axes
-        axes.plot(
-            [row["latency_engine_p50_ms"] for row in measured],
-            [row["device_ap50"] for row in measured],
-            "o",
-            color=ACCENT,
+        front = sorted(
+            _points([row for row in measured if on_front(row, rows)], "latency_engine_p50_ms", "device_ap50")
         )
+        axes.plot(*zip(*front, strict=True), "o-", color=ACCENT, label="Pareto front", linewidth=1.2)
+        rest = _points(
+            [row for row in measured if not on_front(row, rows)], "latency_engine_p50_ms", "device_ap50"
+        )
+        if rest:
+            axes.plot(*zip(*rest, strict=True), "o", color=MUTED, markerfacecolor="none", label="behind it")
         for row in measured:
             axes.annotate(
                 str(row["iteration"]),
                 (row["latency_engine_p50_ms"], row["device_ap50"]),
-                xytext=(5, 4),
+                xytext=(-4, 5),
                 textcoords="offset points",
+                ha="right",
                 color=MUTED,
                 fontsize=9,
             )
         axes.set(xlabel="engine latency p50, ms", ylabel="AP50 on the device")
         axes.margins(0.12)
+        axes.legend(loc="lower right")
         return canvas.drawing(
             "AP50 against latency", "Up and to the left is better; the numbers are iterations."
         )
 
 
+def speed_against_macs(rows: Sequence[Figures]) -> Drawing | None:
+    compared = [row for row in rows if row["latency_engine_ratio_low"] is not None]
+    if len(compared) < 2:
+        return None
+    with _canvas("ratio") as canvas:
+        axes = canvas.axes
+        x = [row["iteration"] for row in compared]
+        y, low, high = (
+            np.array([row[f"latency_engine_ratio{end}"] for row in compared]) for end in ("", "_low", "_high")
+        )
+        axes.axhline(1, color=GRID, linewidth=1)
+        axes.plot(x, [row["macs"] / rows[0]["macs"] for row in compared], "s--", color=SECOND, label="MACs")
+        axes.errorbar(
+            x,
+            y,
+            yerr=np.array([y - low, high - y]),
+            fmt="o-",
+            color=ACCENT,
+            capsize=4,
+            label="latency, engine",
+        )
+        axes.set(xlabel="pruning iteration", ylabel="share of the unpruned")
+        axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+        _whole_steps(axes)
+        axes.legend(loc="lower left")
+        return canvas.drawing(
+            "Latency won against MACs removed",
+            "Ratio to the unpruned in interleaved blocks; a 95 % interval across 100 % shows no difference.",
+        )
+
+
 def size_by_iteration(rows: Sequence[Figures]) -> Drawing:
+    series = [
+        ("parameters", "params", ACCENT, "o-"),
+        ("MACs", "macs", SECOND, "s--"),
+        ("activation memory", "activation_bytes", MUTED, "v:"),
+    ]
     with _canvas("size") as canvas:
         iterations = [row["iteration"] for row in rows]
-        for label, name, color, style in (
-            ("parameters", "params", ACCENT, "o-"),
-            ("MACs", "macs", SECOND, "s--"),
-        ):
-            canvas.axes.plot(
-                iterations, [row[name] / rows[0][name] for row in rows], style, color=color, label=label
-            )
+        for label, name, color, style in series:
+            shares = [row[name] / rows[0][name] for row in rows]
+            canvas.axes.plot(iterations, shares, style, color=color, label=label)
         canvas.axes.set(xlabel="pruning iteration", ylabel="share of the unpruned", ylim=(0, 1.05))
-        canvas.axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
+        canvas.axes.yaxis.set_major_formatter(FuncFormatter(_percent))
         _whole_steps(canvas.axes)
         canvas.axes.legend(loc="lower left")
-        return canvas.drawing("What is left", "Parameters and MACs, counted in the pruned network.")
+        return canvas.drawing("What is left", "Counted in the pruned network; activations at their peak.")
+
+
+def latency_histogram(report: Report) -> Drawing | None:
+    ends = [row for row in (report.rows[0], report.rows[-1]) if row.result and row.result.blocks]
+    if not ends:
+        return None
+    samples = [
+        [ms for block in row.result.counted_blocks for ms in block.samples_ms["engine"]]
+        for row in ends
+        if row.result
+    ]
+    with _canvas("histogram") as canvas:
+        # A rare pause of the system would squeeze everything else into one bar.
+        low, high = min(map(min, samples)), max(float(np.percentile(ms, 99.5)) for ms in samples)
+        bins = np.linspace(low, high, 60).tolist()
+        labels = ["unpruned", f"iteration {ends[-1].step.iteration}"]
+        for ms, label, color in zip(samples, labels, (MUTED, ACCENT), strict=False):
+            canvas.axes.hist(np.clip(ms, low, high), bins, color=color, alpha=0.65, label=label)
+        canvas.axes.set(xlabel="engine latency, ms", ylabel="runs")
+        canvas.axes.legend(loc="upper center")
+        return canvas.drawing("Every run", "Runs beyond the slowest half percent stand in the last bar.")
 
 
 def channels_by_layer(report: Report) -> Drawing | None:
@@ -168,21 +229,95 @@ def channels_by_layer(report: Report) -> Drawing | None:
     layers = [layer for layer, before in original.items() if before != step.channels.get(layer, 0)]
     if not layers:
         return None
-    with _canvas("channels", height_in=1 + 0.17 * len(layers)) as canvas:
-        axes = canvas.axes
-        before = [original[layer] for layer in layers]
+    shares = {layer: 1 - step.channels.get(layer, 0) / original[layer] for layer in layers}
+    labels = [f"{layer}  -{share:.0%}" for layer, share in shares.items()]
+    with _bars("channels", labels, "channels") as canvas:
+        canvas.axes.barh(
+            labels, [original[layer] for layer in layers], color=GRID, height=0.75, label="before"
+        )
         kept = [step.channels.get(layer, 0) for layer in layers]
-        axes.barh(layers, before, color=GRID, height=0.75, label="before")
-        axes.barh(layers, kept, color=ACCENT, height=0.75, label="kept")
-        axes.tick_params(axis="y", labelsize=7, length=0)
-        axes.grid(axis="y", visible=False)
-        axes.grid(axis="x", visible=True)
-        axes.set(xlabel="channels")
-        axes.set_ylim(len(layers) - 0.4, -0.6)
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+        canvas.axes.barh(labels, kept, color=ACCENT, height=0.75, label="kept")
+        _legend_above(canvas.axes)
         return canvas.drawing(
             "Channels per layer",
             f"Before pruning and after iteration {step.iteration}; layers that kept all are left out.",
+        )
+
+
+def time_by_layer(report: Report) -> Drawing | None:
+    first, last = report.rows[0].layers, report.rows[-1].layers
+    if not first or not last:
+        return None
+    before = {layer.layer: layer.time_ms or 0.0 for layer in first}
+    after = {layer.layer: layer.time_ms or 0.0 for layer in last}
+    layers = [layer for layer in before if before[layer] or after.get(layer)]
+    with _bars("layers", layers, "time, ms") as canvas:
+        canvas.axes.barh(
+            layers, [before[layer] for layer in layers], color=GRID, height=0.75, label="unpruned"
+        )
+        last_label = f"iteration {report.rows[-1].step.iteration}"
+        now = [after.get(layer, 0.0) for layer in layers]
+        canvas.axes.barh(layers, now, color=ACCENT, height=0.4, label=last_label)
+        _legend_above(canvas.axes)
+        return canvas.drawing(
+            "Time per layer",
+            "Medians by the runtime's profiler, which slows the whole; activations count with their layer.",
+        )
+
+
+def importance_by_layer(report: Report) -> Drawing | None:
+    importance = report.rows[-1].step.importance
+    layers = [layer for layer, values in importance.items() if len(values) == 5 and values[4] > 0]
+    if not layers:
+        return None
+    with _bars("importance", layers, "importance, log scale") as canvas:
+        floor = min(value for layer in layers for value in importance[layer] if value > 0)
+        low, lower, middle, upper, high = (
+            [max(importance[layer][quartile], floor) for layer in layers] for quartile in range(5)
+        )
+        canvas.axes.hlines(layers, low, high, color=MUTED, linewidth=0.8, label="least to most")
+        canvas.axes.hlines(layers, lower, upper, color=ACCENT, linewidth=4, label="middle half")
+        canvas.axes.plot(middle, layers, "o", color=INK, markersize=2.5, label="median")
+        canvas.axes.set_xscale("log")
+        _legend_above(canvas.axes)
+        return canvas.drawing(
+            "Importance of the channels",
+            f"As {report.rows[-1].step.criterion} scored them before the last removal.",
+        )
+
+
+def telemetry_over_time(report: Report) -> Drawing | None:
+    result = next((row.result for row in report.rows if row.result), None)
+    samples = result.telemetry["samples"] if result else []
+    series: list[tuple[str, str, Callable[[Any], float]]] = [
+        ("hottest zone, °C", "temperatures_c", lambda zones: max(zones.values())),
+        (
+            "power of the strongest rail, W",
+            "power_mw",
+            lambda rails: rails[max(rails, key=rails.__getitem__)] / 1000,
+        ),
+        ("GPU clock, MHz", "gpu_mhz", max),
+        ("load average", "load", float),
+    ]
+    told = [
+        (label, [(sample["time_s"], value(sample[name])) for sample in samples if sample.get(name)])
+        for label, name, value in series
+    ]
+    told = [(label, points) for label, points in told if len(points) > 1]
+    if not told:
+        return None
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH_IN, 0.6 + 1.1 * len(told)), layout="constrained")
+        panels = figure.subplots(len(told), sharex=True, squeeze=False)[:, 0]
+        start_s = min(points[0][0] for _, points in told)
+        for axes, (label, points) in zip(panels, told, strict=True):
+            times, values = zip(*points, strict=True)
+            axes.plot([time_s - start_s for time_s in times], values, color=ACCENT, linewidth=1.2)
+            axes.set_title(label, loc="left", fontsize=9, color=MUTED)
+            axes.margins(y=0.2)
+        panels[-1].set_xlabel("time, s")
+        return _Canvas(figure, panels[-1], "telemetry").drawing(
+            "The device while it was measured", "What the device told, once a second."
         )
 
 
@@ -220,6 +355,27 @@ def _inline(svg: str, name: str, title: str) -> str:
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, f"var({variable})")
     return svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+
+
+@contextmanager
+def _bars(name: str, labels: Sequence[str], quantity: str) -> Iterator[_Canvas]:
+    """A canvas for horizontal bars, one a label from top to bottom."""
+    with _canvas(name, height_in=1 + 0.17 * len(labels)) as canvas:
+        axes = canvas.axes
+        axes.tick_params(axis="y", labelsize=7.5, length=0)
+        axes.grid(axis="y", visible=False)
+        axes.grid(axis="x", visible=True)
+        axes.set_xlabel(quantity)
+        axes.set_ylim(len(labels) - 0.4, -0.6)
+        yield canvas
+
+
+def _legend_above(axes: Axes) -> None:
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+
+
+def _percent(share: float, _: int) -> str:
+    return f"{share:.0%}"
 
 
 def _points(rows: Sequence[Figures], x: str, y: str) -> list[tuple[float, float]]:

@@ -1,28 +1,48 @@
-"""Measure the engines of a run on a device: latency interleaved over all of them, AP of each."""
+"""Measure the engines of a run on a device: interleaved latency, AP, layer times, energy."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from edgeprune.benchmarks.records import BenchmarkResult, Block, Device, Latency
-from edgeprune.benchmarks.statistics import summarise
+import numpy as np
+
+from edgeprune.benchmarks.energy import energy_of
+from edgeprune.benchmarks.records import (
+    SAMPLE_SCORE,
+    BenchmarkResult,
+    Block,
+    Device,
+    Latency,
+    SampleDetections,
+)
+from edgeprune.benchmarks.statistics import MIN_BLOCKS, summarise
+from edgeprune.benchmarks.validity import disturbances
 from edgeprune.data.dataset import Dataset
-from edgeprune.data.precision import average_precision
+from edgeprune.data.precision import ImageDetections, average_precision
 from edgeprune.deploy.device.imaging import Preprocessing
 from edgeprune.deploy.records import Engine, Latencies
 from edgeprune.deploy.session import Session
 
+log = logging.getLogger(__name__)
+
+REPEATS = 2  # how often disturbed rounds are measured again
+SAMPLE_IMAGES = 3  # whose detections are kept to be drawn
+ENERGY_S = 5.0  # how long each engine runs alone, where the device tells its power
+
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """How long is measured. The defaults give 20 blocks a step, enough for narrow intervals."""
+    """How long is measured. The defaults give 20 rounds, enough for narrow intervals."""
 
     runs: int = 200  # at least, per step and scope
     min_seconds: float = 0.0  # at least, over all steps
     block_runs: int = 10  # of one step before the next one's turn
     warmup_runs: int = 20  # at least; more until the latency is stable
     images: int = 16  # that end-to-end runs take in turn
+    profile_runs: int = 50  # for the time of each layer
     seed: int = 0  # of the order within each round
 
 
@@ -48,21 +68,19 @@ def benchmark_engines(
         DeviceError: If the device fails.
     """
     device = Device.of(session.probe())
-    latencies = session.benchmark(
-        engines,
-        list(islice(files.values(), options.images)),
-        preprocessing,
-        runs=options.runs,
-        min_seconds=options.min_seconds,
-        block_runs=options.block_runs,
-        warmup_runs=options.warmup_runs,
-        seed=options.seed,
-    )
+    images = list(islice(files.values(), options.images))
+    measured = measure_interleaved(session, engines, images, preprocessing, options)
+    tells_power = any(sample.get("power_mw") for sample in measured.telemetry["samples"])
     results = []
     for index, engine in enumerate(engines):
         evaluation = session.evaluate(engine, files, preprocessing)
         precision = average_precision(dataset, evaluation.detections)
-        blocks = _blocks(latencies, index)
+        profile = session.profile(engine, images[0], preprocessing, runs=options.profile_runs)
+        alone = (
+            session.benchmark([engine], images, preprocessing, runs=1, min_seconds=ENERGY_S)
+            if tells_power
+            else None
+        )
         results.append(
             BenchmarkResult(
                 model_sha256=engine.model_sha256,
@@ -75,26 +93,114 @@ def benchmark_engines(
                 images=precision.images,
                 boxes=precision.boxes,
                 not_finite=evaluation.not_finite,
-                latencies=_summaries(blocks),
-                blocks=blocks,
-                warmup_runs=latencies.warmup_runs[index],
-                timer_overhead_ms=latencies.timer_overhead_ms,
+                latencies=_summaries(measured.blocks[index], measured.disturbed),
+                blocks=tuple(measured.blocks[index]),
+                disturbed=measured.disturbed,
+                layer_times_ms={name: float(np.median(ms)) for name, ms in profile.times_ms.items()},
+                energy=energy_of(alone) if alone else None,
+                samples=_samples(evaluation.detections),
+                telemetry=measured.telemetry,
+                warmup_runs=measured.warmup_runs[index],
+                timer_overhead_ms=measured.timer_overhead_ms,
             )
         )
     return results
 
 
-def _blocks(latencies: Latencies, engine: int) -> tuple[Block, ...]:
-    return tuple(
-        Block(block.round, block.start_s, block.end_s, block.samples_ms)
-        for block in latencies.blocks
-        if block.engine == engine
+@dataclass(frozen=True)
+class Interleaved:
+    """Blocks of several engines that were measured together, repeats included."""
+
+    blocks: Sequence[Sequence[Block]]  # per engine
+    disturbed: str | None  # where too few rounds were valid
+    telemetry: Mapping[str, Any]
+    warmup_runs: Sequence[int]
+    timer_overhead_ms: float
+
+
+def measure_interleaved(
+    session: Session,
+    engines: Sequence[Engine],
+    images: Sequence[Path],
+    preprocessing: Preprocessing,
+    options: BenchmarkOptions,
+) -> Interleaved:
+    """Measure in rounds, and measure disturbed rounds again.
+
+    A disturbance that lasts over a whole attempt will last on, so then it is not repeated. Where fewer than
+    `MIN_BLOCKS` rounds were valid, `disturbed` says why, and all of them count: a latency that is known to be
+    disturbed says more than none.
+    """
+    own_threads = max(int(engine.options.get("threads", 1)) for engine in engines)
+    wanted = -(-options.runs // options.block_runs)
+    blocks: list[list[Block]] = [[] for _ in engines]
+    samples: list[Mapping[str, Any]] = []
+    reasons: dict[int, str] = {}
+    next_round = 0
+    for attempt in range(1 + REPEATS):
+        missing = wanted - (next_round - len(reasons))
+        latencies = session.benchmark(
+            engines,
+            images,
+            preprocessing,
+            runs=missing * options.block_runs,
+            min_seconds=options.min_seconds if attempt == 0 else 0,
+            block_runs=options.block_runs,
+            warmup_runs=options.warmup_runs,
+            seed=options.seed + attempt,
+        )
+        rounds = _rounds(latencies)
+        found = disturbances(rounds, latencies.telemetry, own_threads)
+        for index in range(len(engines)):
+            blocks[index] += _blocks(latencies, index, next_round, found)
+        samples += latencies.telemetry["samples"]
+        reasons |= {next_round + number: reason for number, reason in found.items()}
+        next_round += len(rounds)
+        if not found or len(found) == len(rounds):
+            break
+        log.info("%d of %d rounds were disturbed: %s", len(found), len(rounds), next(iter(found.values())))
+    enough = next_round - len(reasons) >= min(MIN_BLOCKS, wanted)
+    return Interleaved(
+        blocks=blocks,
+        disturbed=None if enough else next(iter(reasons.values())),
+        telemetry={**latencies.telemetry, "samples": samples},
+        warmup_runs=latencies.warmup_runs,
+        timer_overhead_ms=latencies.timer_overhead_ms,
     )
 
 
-def _summaries(blocks: Sequence[Block]) -> tuple[Latency, ...]:
-    valid = [block for block in blocks if block.invalid is None]
-    scopes = valid[0].samples_ms if valid else ()
+def _rounds(latencies: Latencies) -> dict[int, tuple[float, float]]:
+    spans: dict[int, tuple[float, float]] = {}
+    for block in latencies.blocks:
+        start_s, end_s = spans.get(block.round, (block.start_s, block.end_s))
+        spans[block.round] = (min(start_s, block.start_s), max(end_s, block.end_s))
+    return spans
+
+
+def _blocks(latencies: Latencies, engine: int, first_round: int, invalid: Mapping[int, str]) -> list[Block]:
+    return [
+        Block(
+            first_round + block.round, block.start_s, block.end_s, block.samples_ms, invalid.get(block.round)
+        )
+        for block in latencies.blocks
+        if block.engine == engine
+    ]
+
+
+def _samples(detections: Sequence[ImageDetections]) -> tuple[SampleDetections, ...]:
+    """Of a few images spread over the data set, the same ones for every engine."""
+    chosen = detections[:: max(1, len(detections) // SAMPLE_IMAGES)][:SAMPLE_IMAGES]
+    samples = []
+    for image in chosen:
+        shown = image.scores >= SAMPLE_SCORE
+        boxes = tuple((x1, y1, x2, y2) for x1, y1, x2, y2 in image.boxes[shown].tolist())
+        samples.append(SampleDetections(image.image_id, boxes, tuple(image.scores[shown].tolist())))
+    return tuple(samples)
+
+
+def _summaries(blocks: Sequence[Block], disturbed: str | None) -> tuple[Latency, ...]:
+    counted = [block for block in blocks if disturbed or block.invalid is None]
     return tuple(
-        summarise([ms for block in valid for ms in block.samples_ms[scope]], scope) for scope in scopes
+        summarise([ms for block in counted for ms in block.samples_ms[scope]], scope)
+        for scope in counted[0].samples_ms
     )

@@ -16,6 +16,9 @@ SCOPES: Mapping[str, str] = {
 }
 
 
+SAMPLE_SCORE = 0.3  # a sample detection below is not kept: what a camera would not show
+
+
 @dataclass(frozen=True)
 class Latency:
     """Latency of one image, batch size 1."""
@@ -84,6 +87,43 @@ class Device:
 
 
 @dataclass(frozen=True)
+class SampleDetections:
+    """What an engine found in one validation image, kept to be drawn."""
+
+    image_id: int
+    boxes: tuple[tuple[float, float, float, float], ...]  # xyxy, pixels of the original image
+    scores: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """One detector layer in one engine."""
+
+    layer: str
+    time_ms: float | None  # p50; None: no kernel bears its name, it was fused into another
+    in_channels: int  # of each group
+    out_channels: int
+
+    @property
+    def depthwise(self) -> bool:
+        return self.in_channels == 1
+
+    @property
+    def shape(self) -> str:
+        return f"{self.in_channels} x {self.out_channels}"
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Power while one engine alone ran over and over, and what that makes an image."""
+
+    watts: float  # of the whole board, idle included
+    joules_per_image: float
+    rails: tuple[str, ...]  # that were summed
+    samples: int
+
+
+@dataclass(frozen=True)
 class BenchmarkResult:
     """One engine on one device."""
 
@@ -97,10 +137,20 @@ class BenchmarkResult:
     images: int  # behind the AP
     boxes: int
     not_finite: int  # candidates that were no numbers, over all images
-    latencies: tuple[Latency, ...]  # of the valid blocks; none where no block was valid
+    latencies: tuple[Latency, ...]  # of the valid blocks; of all where `disturbed` says why
     blocks: tuple[Block, ...]
+    disturbed: str | None  # too few blocks were valid: what disturbed them
+    layer_times_ms: Mapping[str, float]  # p50 by layer of the engine, from the runtime's profiler
+    energy: Energy | None  # None: the device does not tell its power
+    samples: tuple[SampleDetections, ...]  # of the same few images in every step
+    telemetry: Mapping[str, Any]  # as deploy.records.Latencies has it
     warmup_runs: int
     timer_overhead_ms: float
+
+    @property
+    def counted_blocks(self) -> tuple[Block, ...]:
+        """The blocks behind the latencies: the valid ones, or all where too few were."""
+        return tuple(block for block in self.blocks if self.disturbed or block.invalid is None)
 
     @property
     def fps(self) -> float | None:
@@ -128,16 +178,25 @@ class BenchmarkResult:
                     "device": Device(**record["device"]),
                     "latencies": tuple(Latency(**latency) for latency in record["latencies"]),
                     "blocks": tuple(_block(block) for block in record["blocks"]),
+                    "energy": _energy(record["energy"]),
+                    "samples": tuple(_sample(sample) for sample in record["samples"]),
                 }
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise BenchmarkError(
-                f"a benchmark record is damaged ({error!r}): measure the step again"
-            ) from error
+            raise BenchmarkError(f"a benchmark record is damaged ({error!r}): measure it again") from error
 
 
 def _block(record: Mapping[str, Any]) -> Block:
     return Block(**{**record, "samples_ms": {scope: tuple(ms) for scope, ms in record["samples_ms"].items()}})
+
+
+def _sample(record: Mapping[str, Any]) -> SampleDetections:
+    boxes = tuple((x1, y1, x2, y2) for x1, y1, x2, y2 in record["boxes"])
+    return SampleDetections(record["image_id"], boxes, tuple(record["scores"]))
+
+
+def _energy(record: Mapping[str, Any] | None) -> Energy | None:
+    return None if record is None else Energy(**{**record, "rails": tuple(record["rails"])})
 
 
 @dataclass(frozen=True)
@@ -147,6 +206,7 @@ class ReportRow:
     step: PruningStep
     model_size_bytes: int | None  # of the ONNX file
     result: BenchmarkResult | None
+    layers: tuple[LayerTime, ...] = ()  # of the engine, mapped to the detector; empty where not profiled
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,31 @@
 """report.json and report.html: the same numbers for a program and for a person."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from numpy.typing import NDArray
 
 from edgeprune.benchmarks.figures import draw
-from edgeprune.benchmarks.records import SCOPES, Report
-from edgeprune.benchmarks.summary import headline, row_figures
+from edgeprune.benchmarks.layers import not_faster
+from edgeprune.benchmarks.records import SAMPLE_SCORE, SCOPES, Report
+from edgeprune.benchmarks.samples import draw_samples
+from edgeprune.benchmarks.summary import FLAG_AP_DROP, ap_drops, headline, row_figures
 from edgeprune.benchmarks.table import COLUMNS, NOT_MEASURED
+from edgeprune.benchmarks.tensorboard import write_scalars
 from edgeprune.data.files import write_bytes, write_json
+
+Frames = Mapping[int, NDArray[np.uint8]]  # image id -> (H, W, 3) BGR
+NO_FRAMES: Frames = MappingProxyType({})
 
 SCHEMA_VERSION = 1  # of report.json: raised when a name changes its meaning or goes away
 
 
-def report_json(report: Report) -> dict[str, Any]:
+def report_json(report: Report, *, flag_ap_drop: float = FLAG_AP_DROP) -> dict[str, Any]:
     """The content of report.json: units in the names, null where something was not measured."""
     device = report.device
     summary = headline(report)
@@ -40,13 +50,22 @@ def report_json(report: Report) -> dict[str, Any]:
         },
         "scopes": dict(SCOPES),
         "rows": row_figures(report),
+        "warnings": _warnings(report, flag_ap_drop),
+        "layers": [
+            {"iteration": row.step.iteration, **asdict(layer)} for row in report.rows for layer in row.layers
+        ],
+        "not_faster": [asdict(layer) for layer in not_faster(report.rows[0].layers, report.rows[-1].layers)],
         "steps": [row.step.to_json() for row in report.rows],
         "provenance": dict(report.provenance),
     }
 
 
-def report_html(report: Report) -> str:
-    """One self-contained page: no script, no request, light and dark, from a phone's width to print."""
+def report_html(report: Report, frames: Frames = NO_FRAMES, *, flag_ap_drop: float = FLAG_AP_DROP) -> str:
+    """One self-contained page: no script, no request, light and dark, from a phone's width to print.
+
+    Args:
+        frames: images to draw detections on, as `samples.sample_frames` gives them; none are drawn without.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -63,16 +82,38 @@ def report_html(report: Report) -> str:
         rows=rows,
         drawings=draw(report, rows),
         not_measured=NOT_MEASURED,
+        warnings=_warnings(report, flag_ap_drop),
+        not_faster=not_faster(report.rows[0].layers, report.rows[-1].layers),
+        samples=draw_samples(report, frames),
+        sample_score=SAMPLE_SCORE,
         provenance=[*_flat(report.provenance), *_flat({"device": details})],
     )
 
 
-def write_report(report: Report, run_dir: Path) -> tuple[Path, Path]:
-    """Write report.html and report.json into the run folder, and return their paths in this order."""
+def write_report(
+    report: Report, run_dir: Path, frames: Frames = NO_FRAMES, *, flag_ap_drop: float = FLAG_AP_DROP
+) -> tuple[Path, Path]:
+    """Write report.html and report.json, and return their paths in this order.
+
+    Where TensorBoard is installed, its scalars go into the folder tensorboard/.
+
+    Args:
+        frames: as for `report_html`.
+        flag_ap_drop: warn where AP on the device is lower than on the host by more.
+    """
     html, json = run_dir / "report.html", run_dir / "report.json"
-    write_bytes(html, report_html(report).encode())
-    write_json(json, report_json(report))
+    write_bytes(html, report_html(report, frames, flag_ap_drop=flag_ap_drop).encode())
+    write_json(json, report_json(report, flag_ap_drop=flag_ap_drop))
+    write_scalars(report, run_dir / "tensorboard")
     return html, json
+
+
+def _warnings(report: Report, flag_ap_drop: float) -> list[str]:
+    """What a reader must know before using the numbers."""
+    disturbed = {row.result.disturbed for row in report.rows if row.result and row.result.disturbed}
+    return [f"The latencies were measured under a disturbance: {reason}." for reason in sorted(disturbed)] + [
+        f"{drop}." for drop in ap_drops(report, flag_ap_drop)
+    ]
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -81,6 +122,6 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         for key, inner in value.items():
             yield from _flat(inner, f"{name}.{key}" if name else str(key))
     elif isinstance(value, list | tuple):
-        yield name, ", ".join(map(str, value))
+        yield name, ", ".join(map(str, value)) or "none"
     else:
-        yield name, NOT_MEASURED if value is None else str(value)
+        yield name, "none" if value is None else str(value)

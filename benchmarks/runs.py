@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from edgeprune.benchmarks.errors import BenchmarkError
+from edgeprune.benchmarks.layers import layer_times
 from edgeprune.benchmarks.records import BenchmarkResult, Report, ReportRow
 from edgeprune.data.files import read_json
 from edgeprune.export.model import ExportedModel
@@ -38,7 +39,9 @@ def _row(folder: Path) -> ReportRow:
     if not (folder / "export.json").is_file():
         return ReportRow(step, None, None)
     model = ExportedModel.from_json(read_json(folder / "export.json"), folder)
-    return ReportRow(step, model.size_bytes, _result(folder / "benchmark.json", model))
+    result = _result(folder / "benchmark.json", model)
+    layers = layer_times(model.path, result.layer_times_ms) if result and result.layer_times_ms else ()
+    return ReportRow(step, model.size_bytes, result, layers)
 
 
 def _result(path: Path, model: ExportedModel) -> BenchmarkResult | None:

@@ -7,6 +7,8 @@ from typing import Any
 from edgeprune.benchmarks.records import BenchmarkResult, Ratio, Report, ReportRow
 from edgeprune.benchmarks.statistics import paired_ratio
 
+FLAG_AP_DROP = 0.01  # a lower AP on the device than on the host by more is worth a warning
+
 _TIMES, _MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
 
 Figures = Mapping[str, Any]  # units in the names; None is "not measured"
@@ -24,13 +26,12 @@ def speed_ratio(result: BenchmarkResult, baseline: BenchmarkResult, scope: str) 
 
 
 def _valid_blocks(result: BenchmarkResult, scope: str) -> dict[int, Sequence[float]]:
-    return {
-        b.index: b.samples_ms[scope] for b in result.blocks if b.invalid is None and scope in b.samples_ms
-    }
+    return {b.index: b.samples_ms[scope] for b in result.counted_blocks if scope in b.samples_ms}
 
 
 def _figures(row: ReportRow, first: ReportRow) -> Figures:
     step, result = row.step, row.result
+    energy = result.energy if result else None
     ratio = speed_ratio(result, first.result, "engine") if result and first.result else None
     figures: dict[str, Any] = {
         "iteration": step.iteration,
@@ -55,12 +56,17 @@ def _figures(row: ReportRow, first: ReportRow) -> Figures:
         "latency_engine_ratio": ratio.value if ratio else None,
         "latency_engine_ratio_low": ratio.low if ratio else None,
         "latency_engine_ratio_high": ratio.high if ratio else None,
+        # 1: the latency fell by the factor by which the MACs did.
+        "realised_speedup": step.macs / (first.step.macs * ratio.value) if ratio else None,
         "fps": result.fps if result else None,
         "model_size_bytes": row.model_size_bytes,
         "model_sha256": result.model_sha256 if result else None,
         "precision": result.precision if result else None,
         "engine_size_bytes": result.engine_size_bytes if result else None,
         "engine_build_s": result.engine_build_s if result else None,
+        "disturbed": result.disturbed if result else None,
+        "watts": energy.watts if energy else None,
+        "joules_per_image": energy.joules_per_image if energy else None,
     }
     return figures
 
@@ -141,12 +147,36 @@ def _accuracy(first: Figures, last: Figures) -> Fact:
     return Fact("not measured", "AP50", "no validation of both steps")
 
 
+def ap_drops(report: Report, limit: float = FLAG_AP_DROP) -> list[str]:
+    """Steps whose AP on the device is more than `limit` below the host's, each with the likely cause."""
+    found = []
+    for row, figures in zip(report.rows, row_figures(report), strict=True):
+        host, device = figures["ap_after"], figures["device_ap"]
+        if row.result is not None and host is not None and host - device > limit:
+            drop = f"iteration {row.step.iteration}: AP {device:.3f} on the device, {host:.3f} on the host"
+            found.append(f"{drop}; {_likely_cause(row.result)}")
+    return found
+
+
+def _likely_cause(result: BenchmarkResult) -> str:
+    if result.not_finite:
+        overflow = f"{result.not_finite} candidates were no numbers"
+        return f"{overflow}: {result.precision} overflows; try fp32"
+    if result.precision == "int8":
+        return "int8 calibration is the likely cause: give it more, and typical, images"
+    if result.precision == "fp16":
+        return "fp16 rounding is the likely cause: measure with fp32 to be sure"
+    return "the same precision on both sides: look at the preprocessing and the library that resizes"
+
+
 def _measured(result: BenchmarkResult | None) -> str:
     latency = result.latency("engine") if result else None
     if result is None or latency is None:
         return "Latency not measured"
+    if result.disturbed:
+        return f"Batch 1, {result.precision}, {latency.runs} runs a step, disturbed ({result.disturbed})"
     valid = sum(block.invalid is None for block in result.blocks)
     left_out = len(result.blocks) - valid
     blocks = f" in {valid} blocks interleaved over all steps" if valid > 1 else ""
-    excluded = f", {left_out} blocks left out" if left_out else ""
+    excluded = f", {left_out} disturbed blocks left out" if left_out else ""
     return f"Batch 1, {result.precision}, {latency.runs} runs a step{blocks}{excluded}"

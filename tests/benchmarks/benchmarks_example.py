@@ -4,7 +4,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from edgeprune.benchmarks.records import BenchmarkResult, Block, Device, Report, ReportRow
+from edgeprune.benchmarks.records import (
+    BenchmarkResult,
+    Block,
+    Device,
+    LayerTime,
+    Report,
+    ReportRow,
+    SampleDetections,
+)
 from edgeprune.benchmarks.statistics import summarise
 from edgeprune.pruning.records import FineTuneRecord, PruningStep
 
@@ -16,6 +24,32 @@ LAYERS = {
     **{f"backbone.stage{s}.{b}.conv": 58 * 2 ** (s - 2) for s in (2, 3, 4) for b in range(4)},
     "head.cls.0": 96,
 }
+
+
+TELEMETRY = {
+    "before": {"power_mode": None},
+    "after": {"power_mode": None},
+    "samples": [
+        {
+            "time_s": float(second),
+            "load": 1 + 0.1 * (second % 3),
+            "temperatures_c": {"cpu": 40 + 8 * (1 - 0.95**second)},
+            "power_mw": {},
+        }
+        for second in range(90)
+    ],
+}
+
+
+def layers(iteration: int) -> tuple[LayerTime, ...]:
+    """Every layer takes 4 us a channel, but for one that keeps its time."""
+    kept = step(iteration).channels
+    return tuple(
+        LayerTime(
+            layer, 0.4 if layer == "backbone.stage3.1.conv" else 0.004 * kept[layer], kept[layer], kept[layer]
+        )
+        for layer in LAYERS
+    )
 
 
 def step(iteration: int, share_removed: float = 0.04) -> PruningStep:
@@ -35,6 +69,9 @@ def step(iteration: int, share_removed: float = 0.04) -> PruningStep:
         params=950_000 - 38_000 * iteration,
         macs=300_000_000 - 11_000_000 * iteration,
         activation_bytes=9_000_000 - 200_000 * iteration,
+        importance={layer: (1e-6 * w, 1e-5 * w, 3e-5 * w, 1e-4 * w, 1e-3 * w) for layer, w in kept.items()}
+        if iteration
+        else {},
         ap_before=0.302 - 0.006 * iteration,
         ap50_before=0.601 - 0.009 * iteration,
         ap_after=0.302 - 0.002 * iteration,
@@ -75,6 +112,18 @@ def result(iteration: int, blocks: int = 12, runs: int = 25, device: Device = HO
             for scope in ("engine", "end_to_end")
         ),
         blocks=measured,
+        disturbed=None,
+        layer_times_ms={},
+        energy=None,
+        samples=tuple(
+            SampleDetections(
+                image_id,
+                ((60.0 + 2 * iteration, 40.0, 130.0 + 2 * iteration, 220.0),),
+                (0.9 - 0.02 * iteration,),
+            )
+            for image_id in (7, 8)
+        ),
+        telemetry=TELEMETRY,
         warmup_runs=20,
         timer_overhead_ms=0.0001,
     )
@@ -86,7 +135,10 @@ def report(
     provenance: Mapping[str, object] | None = None,
 ) -> Report:
     measured = [result(i) for i in range(iterations)] if results is None else results
-    rows = tuple(ReportRow(step(i), 3_800_000 - 150_000 * i, measured[i]) for i in range(iterations))
+    rows = tuple(
+        ReportRow(step(i), 3_800_000 - 150_000 * i, measured[i], layers(i) if measured[i] else ())
+        for i in range(iterations)
+    )
     return Report(
         "example",
         rows,

@@ -8,9 +8,12 @@ import cv2
 import numpy as np
 import onnx
 import pytest
+from benchmarks_example import step
 from onnx import TensorProto, helper, numpy_helper
 
 from edgeprune.benchmarks.measure import BenchmarkOptions, benchmark_engines
+from edgeprune.benchmarks.records import Report, ReportRow
+from edgeprune.benchmarks.samples import sample_frames
 from edgeprune.benchmarks.statistics import summarise
 from edgeprune.data.dataset import Dataset, load_dataset
 from edgeprune.data.files import sha256_of
@@ -102,3 +105,23 @@ def test_engines_are_measured_together(dataset: Dataset, tmp_path: Path) -> None
         assert engine.p50_ms < whole.p50_ms
     spans = sorted((block.start_s, block.end_s) for result in (right, wrong) for block in result.blocks)
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+
+
+def test_samples_are_the_same_images_for_every_engine(dataset: Dataset, tmp_path: Path) -> None:
+    """Detections of at least 0.3 are kept for the same images, whose frames are the data set's."""
+    session = local_session(load_target("host"), tmp_path / "work")
+    engines = [
+        session.build(write_model(tmp_path / f"{n}.onnx", scores))
+        for n, scores in enumerate(([0.9, 0.1], [0.4, 0.9]))
+    ]
+    options = BenchmarkOptions(runs=1, block_runs=1, warmup_runs=1, profile_runs=1)
+    first, last = benchmark_engines(
+        session, engines, dataset, image_files(dataset, tmp_path), Preprocessing(), options=options
+    )
+    assert [sample.image_id for sample in first.samples] == [0, 1, 2]
+    assert all(sample.boxes == (tuple(PERSON),) for sample in first.samples)
+    assert all(sample.boxes == (tuple(ELSEWHERE), tuple(PERSON)) for sample in last.samples)
+    rows = tuple(ReportRow(step(n), 1, measured) for n, measured in enumerate((first, last)))
+    frames = sample_frames(Report("run", rows, {}), dataset)
+    assert frames.keys() == {0, 1, 2}
+    assert all((frame == 100).all() and frame.shape == (32, 48, 3) for frame in frames.values())

@@ -1,19 +1,25 @@
 """report.json, the tables and report.html, read back as a program, a person and a browser would."""
 
+import base64
 import csv
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 from benchmarks_example import report
 from chromium import browser
+from numpy.typing import NDArray
 from rich.console import Console
 
 from edgeprune.benchmarks.records import Report
-from edgeprune.benchmarks.report import report_html, write_report
+from edgeprune.benchmarks.report import report_html, report_json, write_report
+from edgeprune.benchmarks.samples import sample_ids
 from edgeprune.benchmarks.summary import headline, row_figures
 from edgeprune.benchmarks.table import COLUMNS, render_csv, render_markdown, render_table
 
@@ -141,7 +147,7 @@ def test_the_same_report_gives_the_same_page(example: Report) -> None:
 )
 def test_in_a_browser(rows: Report, tmp_path: Path) -> None:
     """No console error, no sideways scrolling at 390 and 1280 px in light and dark, under 1 s and 3 MB."""
-    page, _ = write_report(rows, tmp_path)
+    page, _ = write_report(rows, tmp_path, {image_id: frame(128) for image_id in sample_ids(rows)})
     assert page.stat().st_size < 3_000_000
     with browser(tmp_path / "profile") as tab:
         for width in (390, 1280):
@@ -161,3 +167,59 @@ OVERFLOWING = """
   .filter(e => e.clientWidth > 1 && e.scrollWidth > e.clientWidth + 1)
   .map(e => e.outerHTML.slice(0, 80))
 """
+
+
+def frame(level: int) -> NDArray[np.uint8]:
+    return np.full((240, 320, 3), level, np.uint8)
+
+
+def test_samples_are_drawn_on_the_given_frames(example: Report) -> None:
+    """Each given frame is embedded once, with the boxes of both steps; without frames there is none."""
+    assert sample_ids(example) == (7, 8)
+    html = report_html(example, {7: frame(200), 9: frame(50)})
+    (jpeg,) = re.findall(r"data:image/jpeg;base64,([A-Za-z0-9+/=]+)", html)
+    decoded = cv2.imdecode(np.frombuffer(base64.b64decode(jpeg), np.uint8), cv2.IMREAD_COLOR)
+    assert decoded is not None and decoded.shape == (240, 320, 3)
+    assert abs(int(decoded.mean()) - 200) <= 2
+    boxes = re.findall(r'<rect x="([\d.]+)" y="40.0" width="70.0"\s+height="180.0">', html)
+    assert boxes == ["60.0", "80.0"]  # the example's box moves 2 pixels an iteration
+    assert html.count('<use href="#frame-7"/>') == 1
+    assert "data:image/jpeg" not in report_html(example)
+
+
+def test_figures_are_there(example: Report) -> None:
+    """Every figure that there are numbers for is on the page; an unmeasured run has what pruning tells."""
+    titles = re.findall(r"<h3>(.*?)</h3>", report_html(example))
+    assert titles == [
+        "AP50 against iteration",
+        "Latency against iteration",
+        "AP50 against latency",
+        "Latency won against MACs removed",
+        "What is left",
+        "Every run",
+        "Channels per layer",
+        "Time per layer",
+        "Importance of the channels",
+        "The device while it was measured",
+    ]
+    unmeasured = re.findall(r"<h3>(.*?)</h3>", report_html(report(2, [None, None])))
+    assert unmeasured == [
+        "AP50 against iteration",
+        "What is left",
+        "Channels per layer",
+        "Importance of the channels",
+    ]
+
+
+def test_what_to_mind_is_on_the_page(example: Report) -> None:
+    """A layer that was pruned in vain, a disturbance and a drop in AP are said in page and JSON."""
+    assert example.rows[1].result is not None
+    worse = replace(example.rows[1].result, ap=0.1, disturbed="gpu reached 99 °C")
+    warned = replace(example, rows=(example.rows[0], replace(example.rows[1], result=worse)))
+    html = report_html(warned)
+    assert "under a disturbance: gpu reached 99 °C" in html
+    assert "iteration 1: AP 0.100 on the device" in html
+    content = report_json(warned)
+    assert len(content["warnings"]) == 2
+    assert [layer["layer"] for layer in content["not_faster"]][:1] == ["backbone.stage3.1.conv"]
+    assert "backbone.stage3.1.conv</td><td>116 x 116 to 111 x 111</td>" in html

@@ -1,58 +1,34 @@
 """A run folder, whole or half done, read into a report."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from benchmarks_example import report, result, step
+from run_folder import write, write_run
 
 from edgeprune.benchmarks.errors import BenchmarkError
-from edgeprune.benchmarks.records import Device
+from edgeprune.benchmarks.records import BenchmarkResult, Device
 from edgeprune.benchmarks.runs import load_report
-from edgeprune.export.model import Batch, ExportedModel
-
-
-def write(path: Path, record: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record))
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Three steps, all measured."""
-    folder = tmp_path / "night"
-    write(folder / "run.json", {"config": {"target": "host"}})
-    for iteration in range(3):
-        inside = folder / f"step-{iteration:02d}"
-        steps = [step(i).to_json() for i in range(iteration + 1)]
-        write(inside / "detector.json", {"spec": {}, "steps": steps})
-        row = report(3).rows[iteration]
-        assert row.model_size_bytes is not None
-        model = ExportedModel(
-            inside / "model.onnx",
-            f"{iteration:064x}",
-            row.model_size_bytes,
-            13,
-            8,
-            "fp32",
-            Batch(),
-            (),
-            (),
-            9,
-            8,
-        )
-        write(inside / "export.json", model.to_json())
-        write(inside / "benchmark.json", result(iteration).to_json())
-    return folder
+    return write_run(tmp_path / "night")
 
 
 def test_a_run_folder_reads_back(run: Path) -> None:
     """Steps, sizes and benchmarks come back as they were written, named after the folder."""
     found = load_report(run)
     assert found.name == "night"
-    assert asdict(found)["rows"] == asdict(report(3))["rows"]
+    assert [row.step for row in found.rows] == [step(0), step(1), step(2)]
+    for read, written in zip(found.rows, report(3).rows, strict=True):
+        assert read.result is not None and written.result is not None
+        assert replace(read.result, model_sha256=written.result.model_sha256) == written.result
+        assert read.model_size_bytes == written.model_size_bytes
     assert found.provenance == {"config": {"target": "host"}}
 
 
@@ -74,7 +50,9 @@ def test_a_benchmark_of_another_model_does_not_count(run: Path) -> None:
 def test_two_devices_are_no_comparison(run: Path) -> None:
     """Steps measured on different devices are refused, with what to do."""
     other = Device("jetson-nano", "tensorrt", "NVIDIA Jetson Nano Developer Kit")
-    write(run / "step-01" / "benchmark.json", result(1, device=other).to_json())
+    path = run / "step-01" / "benchmark.json"
+    measured = BenchmarkResult.from_json(json.loads(path.read_text()))
+    write(path, replace(measured, device=other).to_json())
     with pytest.raises(BenchmarkError, match="edgeprune bench"):
         load_report(run)
 

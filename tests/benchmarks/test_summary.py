@@ -9,7 +9,7 @@ from benchmarks_example import HOST, report, result
 from edgeprune.benchmarks.errors import BenchmarkError
 from edgeprune.benchmarks.records import BenchmarkResult, Block, Device, Report
 from edgeprune.benchmarks.statistics import summarise
-from edgeprune.benchmarks.summary import headline, row_figures
+from edgeprune.benchmarks.summary import ap_drops, headline, row_figures
 
 JETSON = Device("jetson-nano", "tensorrt", "NVIDIA Jetson Nano Developer Kit")
 
@@ -115,5 +115,38 @@ def test_records_read_back() -> None:
     record = json.loads(json.dumps(measured.to_json()))
     assert BenchmarkResult.from_json(record) == measured
     for damage in ({"latencies": [{}]}, {"device": {}}, {"more": 1}, {"blocks": None}):
-        with pytest.raises(BenchmarkError, match="measure the step again"):
+        with pytest.raises(BenchmarkError, match="measure it again"):
             BenchmarkResult.from_json({**record, **damage})
+
+
+def test_a_lower_ap_on_the_device_is_flagged_with_its_cause() -> None:
+    """A drop beyond the limit is named with its likely cause: here from 0.300 to 0.280 at iteration 1."""
+
+    def flagged(limit: float = 0.01, **changes: object) -> list[str]:
+        return ap_drops(report(2, [result(0), replace(result(1), ap=0.28, **changes)]), limit)
+
+    assert ap_drops(report()) == []
+    (same,) = flagged()
+    assert (
+        same.startswith("iteration 1: AP 0.280 on the device, 0.300 on the host") and "preprocessing" in same
+    )
+    assert "3 candidates were no numbers: fp16 overflows" in flagged(precision="fp16", not_finite=3)[0]
+    assert "fp16 rounding" in flagged(precision="fp16")[0]
+    assert "int8 calibration" in flagged(precision="int8")[0]
+    assert flagged(limit=0.03) == []
+
+
+def test_a_disturbed_benchmark_says_so() -> None:
+    """Where too few blocks were valid all of them count, and the headline names the disturbance."""
+    disturbed = [replace(steady(i, 12.0 - i), disturbed="gpu reached 99 °C") for i in range(2)]
+    disturbed = [replace(r, blocks=tuple(replace(b, invalid="hot") for b in r.blocks)) for r in disturbed]
+    summary = headline(report(2, disturbed))
+    assert summary.measured == "Batch 1, fp32, 40 runs a step, disturbed (gpu reached 99 °C)"
+    assert summary.faster.value.startswith("1.09")
+
+
+def test_realised_speedup_by_hand() -> None:
+    """Half the latency for 289 of 300 million MACs is 2 / 1.038 of the speed-up that the MACs promise."""
+    figures = row_figures(report(2, [steady(0, 12.0), steady(1, 6.0)]))
+    assert figures[0]["realised_speedup"] == pytest.approx(1)
+    assert figures[1]["realised_speedup"] == pytest.approx(2 * 289 / 300)

@@ -1,0 +1,41 @@
+"""What a committed figure must carry: when, on what machine and with which versions it was measured."""
+
+import datetime
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def provenance(command: str, packages: Sequence[str]) -> dict[str, Any]:
+    """Call it before measuring: the load average is that of whatever else runs."""
+    return {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "system": platform.platform(),
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("edgeprune", *packages)},
+    }
+
+
+def without_folders(record: Any) -> Any:
+    """The record with absolute paths cut to file names: what is committed names nobody's folders."""
+    if isinstance(record, dict):
+        return {name: without_folders(value) for name, value in record.items()}
+    if isinstance(record, list | tuple):
+        return [without_folders(value) for value in record]
+    return Path(record).name if isinstance(record, str) and record.startswith("/") else record
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

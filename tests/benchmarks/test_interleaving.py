@@ -1,0 +1,162 @@
+"""Benchmarks of simulated devices that drift, throttle and are disturbed."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from simulated import SimulatedDevice
+
+from edgeprune.benchmarks.energy import energy_of
+from edgeprune.benchmarks.measure import REPEATS, BenchmarkOptions, Interleaved, measure_interleaved
+from edgeprune.benchmarks.statistics import paired_ratio
+from edgeprune.benchmarks.validity import disturbances
+from edgeprune.deploy.device.imaging import Preprocessing
+from edgeprune.deploy.records import Latencies, LatencyBlock
+from edgeprune.deploy.session import Session
+
+STEPS_MS = [10.0, 9.7, 9.4, 9.1, 8.8, 8.5]  # each step is 3 % faster than the one before
+OPTIONS = BenchmarkOptions(runs=200, block_runs=10)
+
+
+def measure(device: SimulatedDevice, options: BenchmarkOptions = OPTIONS) -> Interleaved:
+    return measure_interleaved(cast(Session, device), device.engines, [], Preprocessing(), options)
+
+
+def ranking(medians: list[float]) -> list[int]:
+    """Steps from the slowest to the fastest."""
+    return sorted(range(len(medians)), key=lambda step: -medians[step])
+
+
+def test_the_ranking_survives_a_drift_of_30_percent() -> None:
+    """While a device grows 30 % slower, interleaved ratios rank all steps right; one after another fails.
+
+    The naive way measures the last, fastest step on the hottest device and finds it slower than the unpruned.
+    """
+    seconds = sum(STEPS_MS) * OPTIONS.runs / 1000 * 1.15
+
+    def slower(time_s: float) -> float:
+        return 1 + 0.3 * min(time_s / seconds, 1)
+
+    one_by_one = SimulatedDevice(STEPS_MS, slower)
+    naive = [float(np.median([one_by_one.run(step) for _ in range(OPTIONS.runs)])) for step in range(6)]
+    assert ranking(naive) != list(range(6))
+    assert naive[-1] > naive[0]
+
+    blocks = [
+        {block.index: block.samples_ms["engine"] for block in of_engine}
+        for of_engine in measure(SimulatedDevice(STEPS_MS, slower)).blocks
+    ]
+    ratios = [paired_ratio(of_step, blocks[0]) for of_step in blocks]
+    assert ranking([ratio.value for ratio in ratios if ratio]) == list(range(6))
+    for ratio, true_ms in zip(ratios[1:], STEPS_MS[1:], strict=True):
+        assert ratio is not None and ratio.low is not None and ratio.high is not None
+        assert ratio.value == pytest.approx(true_ms / STEPS_MS[0], rel=0.01)
+        assert ratio.shows_difference
+
+
+def test_throttled_rounds_are_measured_again() -> None:
+    """Rounds during which the GPU's clock fell are marked, and measured again until enough are valid."""
+
+    def throttled(time_s: float) -> bool:
+        return 3 <= time_s < 5
+
+    device = SimulatedDevice(
+        STEPS_MS,
+        slowdown=lambda time_s: 2.0 if throttled(time_s) else 1.0,
+        telemetry=lambda time_s: {"gpu_mhz": [460 if throttled(time_s) else 921]},
+    )
+    found = measure(device)
+    assert found.disturbed is None
+    assert len(device.calls) == 2
+    for blocks in found.blocks:
+        assert sum(block.invalid is None for block in blocks) == 20
+        assert len({block.index for block in blocks}) == len(blocks)
+        slow = [block for block in blocks if np.median(block.samples_ms["engine"]) > 15]
+        assert slow
+        assert {block.invalid for block in slow} == {"the GPU's clock fell to 460 of 921 MHz"}
+
+
+def test_a_disturbance_that_comes_again_is_not_waited_out_for_ever() -> None:
+    """Measuring again ends after a few attempts, also when each attempt is partly disturbed."""
+    device = SimulatedDevice(
+        STEPS_MS, telemetry=lambda time_s: {"temperatures_c": {"gpu": 97.0 if int(time_s) % 6 == 0 else 60.0}}
+    )
+    measure(device)
+    assert 1 < len(device.calls) <= 1 + REPEATS
+
+
+def test_a_lasting_disturbance_is_said() -> None:
+    """Where every round is disturbed there is one attempt, all its rounds count, and the result says why."""
+    device = SimulatedDevice(
+        STEPS_MS, telemetry=lambda time_s: {"temperatures_c": {"gpu": 99.4, "cpu": 80.0}}
+    )
+    found = measure(device)
+    assert found.disturbed == "gpu reached 99 °C"
+    assert len(device.calls) == 1
+    assert all(block.invalid for blocks in found.blocks for block in blocks)
+
+
+def test_another_power_mode_disturbs_everything() -> None:
+    """When the power mode after the benchmark is not the one before it, no round is trusted."""
+    assert measure(SimulatedDevice(STEPS_MS, power_modes=("MAXN", "5W"))).disturbed == (
+        "the power mode changed from MAXN to 5W"
+    )
+
+
+def load_average(runnable: Mapping[int, float], start: float, seconds: int) -> list[dict[str, Any]]:
+    """The kernel's one-minute average, a sample a second; `runnable` gives the threads from a second on."""
+    samples, load, now = [], start, 1.0
+    for second in range(seconds):
+        now = runnable.get(second, now)
+        if second % 5 == 0:
+            load = load * math.exp(-5 / 60) + now * (1 - math.exp(-5 / 60))
+        samples.append({"time_s": float(second), "load": round(load, 2)})
+    return samples
+
+
+def test_another_load_is_told_from_one_that_ended() -> None:
+    """A load average still high from before is no disturbance; two more threads from second 60 on are one."""
+    telemetry = {
+        "before": {},
+        "after": {},
+        "samples": load_average({0: 1.0, 60: 3.0}, start=4.0, seconds=120),
+    }
+    rounds = {number: (10.0 * number, 10.0 * number + 9) for number in range(1, 11)}
+    found = disturbances(rounds, telemetry, own_threads=1)
+    assert not {1, 2, 3, 4} & found.keys()
+    assert {7, 8, 9, 10} <= found.keys()
+    assert found[9] == "another load: 2.0 threads besides the benchmark's"
+
+
+def test_a_device_that_tells_nothing_is_not_blamed() -> None:
+    """Without temperatures, clocks, load or power mode no round is called disturbed."""
+    telemetry = {"before": {}, "after": {}, "samples": [{"time_s": 1.0}]}
+    assert disturbances({0: (0.0, 2.0)}, telemetry, own_threads=1) == {}
+    assert disturbances({0: (0.0, 2.0)}, {**telemetry, "samples": []}, own_threads=1) == {}
+
+
+def powered(power_mw: list[dict[str, int]]) -> Latencies:
+    """Ten images in ten seconds, a sample a second."""
+    blocks = tuple(LatencyBlock(0, n, float(n), n + 1.0, {"engine": (900.0,)}) for n in range(10))
+    samples = [{"time_s": n + 0.5, "power_mw": power} for n, power in enumerate(power_mw)]
+    return Latencies(("key",), blocks, (1,), 0.0, {"before": {}, "after": {}, "samples": samples})
+
+
+def test_energy_by_hand() -> None:
+    """4 W on the input rail for ten seconds and images are 4 J an image; the first second is left out."""
+    measured = energy_of(
+        powered([{"POM_5V_IN": 9000, "POM_5V_GPU": 1}] + [{"POM_5V_IN": 4000, "POM_5V_GPU": 900}] * 9)
+    )
+    assert measured is not None
+    assert (measured.watts, measured.joules_per_image) == pytest.approx((4.0, 4.0))
+    assert (measured.rails, measured.samples) == (("POM_5V_IN",), 9)
+
+
+def test_energy_without_an_input_rail_is_the_sum() -> None:
+    """A board that tells GPU and CPU alone gets their sum; one that tells nothing gets no energy."""
+    measured = energy_of(powered([{"GPU": 1500, "CPU": 500}] * 10))
+    assert measured is not None
+    assert (measured.watts, measured.rails) == (pytest.approx(2.0), ("CPU", "GPU"))
+    assert energy_of(powered([{}] * 10)) is None

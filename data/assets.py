@@ -162,9 +162,7 @@ def fetch(name: str) -> Path:
     given = os.environ.get(FOLDER_VARIABLE)
     if given and all(Path(given, file).is_file() for file in asset.files):
         if differing := _differing(asset, Path(given)):
-            raise AssetError(
-                f"{FOLDER_VARIABLE}: {differing}. Replace the file, or unset the variable to download it"
-            )
+            raise AssetError(f"in {given} ({FOLDER_VARIABLE}) {differing}: replace it, or unset the variable")
         return Path(given, main)
     cache = cache_folder("assets")
     if _differing(asset, cache) is None:

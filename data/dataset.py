@@ -1,16 +1,19 @@
-"""Images with boxes of the classes to detect, read from COCO JSON; what cannot be used is dropped and listed.
+"""Images with boxes of the classes to detect, in any format; what cannot be used is dropped and listed.
 
-Boxes are xyxy pixels of the image as stored: an EXIF rotation is not applied. Boxes of a crowd
-(`iscrowd`) and boxes marked `ignore` are kept as ignored: they train nothing and count as COCO counts crowds.
+`readers/` reads each format, here every entry is checked. Boxes are xyxy pixels of the image as stored: an
+EXIF rotation is not applied. Boxes of a crowd (`iscrowd`) and boxes marked `ignore` are kept as ignored: they
+train nothing and count as COCO counts crowds.
 """
 
 import hashlib
+import itertools
+import logging
 import math
 import stat
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -18,30 +21,22 @@ from numpy.typing import NDArray
 
 from edgeprune.data.assets import ASSETS, fetch
 from edgeprune.data.errors import DataError
-from edgeprune.data.files import read_json, sha256_of
+from edgeprune.data.image_files import ImageFile, decode, look
+from edgeprune.data.labels import Labels, Problem, check_inside
+from edgeprune.data.readers import read_images, read_labels
 from edgeprune.data.video import Frame, check_opens, frame_of, frame_path
 from edgeprune.deploy.device.imaging import ImageError, load_image
+
+log = logging.getLogger(__name__)
+
+PERSON_NAMES = ("person", "pedestrian", "people")
+"""Names under which data sets have people, in any case; all of a data set's are one class, `person`."""
 
 CLIP_TOLERANCE = 1.0
 """Pixels that a box may reach outside its image by rounding; more is clipped too, but listed as a problem."""
 
 MAX_SIDE = 2**24 - 1
 """Largest width and height in pixels: float32 boxes are exact to a pixel up to here."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something in a data set that was dropped or changed."""
-
-    file: str
-    """Label file or image."""
-    where: str
-    """Place in the file."""
-    what: str
-    """What is wrong, and what was done."""
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.where}: {self.what}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,14 +52,16 @@ class Sample:
     """``(K, 4)`` xyxy pixels, inside the image, x1 < x2 and y1 < y2."""
     ignore: NDArray[np.bool_]
     """``(K,)``."""
+    frame: Frame | None = None
+    """Its place in a video, also where the frame is stored as an image; None for a still."""
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Samples of one label file."""
+    """Samples of one data set."""
 
     path: Path
-    """The label file."""
+    """The label file, or the folder of labels."""
     root: Path
     """Folder of the images."""
     classes: tuple[str, ...]
@@ -77,6 +74,7 @@ class Dataset:
     """What was dropped or clipped."""
     videos: Mapping[str, Path] = field(default_factory=dict)
     """Files of the videos that the samples name."""
+    format: str = "COCO JSON"
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -91,7 +89,8 @@ class Dataset:
         frame = frame_of(sample.file_name)
         if frame is None:
             return self.root / sample.file_name
-        of_this_video = (other.number for other in self._frames() if other and other.video == frame.video)
+        others = (frame_of(other.file_name) for other in self.samples)
+        of_this_video = (other.number for other in others if other and other.video == frame.video)
         return frame_path(self.videos[frame.video], frame.number, of_this_video)
 
     def image(self, index: int) -> NDArray[np.uint8]:
@@ -141,6 +140,55 @@ class Dataset:
         kept = self.subset(index for index in range(len(self)) if index not in reasons)
         return replace(kept, problems=(*self.problems, *problems))
 
+    def decodable(self, progress: Callable[[int, int], None] = lambda done, total: None) -> "Dataset":
+        """Decode every image once, ever: what headers did not show is dropped and listed.
+
+        Args:
+            progress: called with images done and in all.
+        """
+        reasons: dict[int, str] = {}
+        names: dict[Path, dict[str, int]] = defaultdict(dict)  # index by name, of each folder
+        for index, sample in enumerate(self.samples):
+            if frame_of(sample.file_name) is None:
+                names[self.root][sample.file_name] = index
+                continue
+            try:
+                path = self.image_path(index)
+            except DataError as error:
+                reasons[index] = str(error)
+            else:
+                names[path.parent][path.name] = index
+        ticks = itertools.count(len(reasons) + 1)
+        for folder, indices in names.items():
+            files = decode(folder, indices, lambda: progress(next(ticks), len(self)))
+            for name, index in indices.items():
+                file, sample = files.get(name), self.samples[index]
+                if file is None:
+                    reasons[index] = "the image file is gone"
+                elif file.damage:
+                    reasons[index] = f"the image file {file.damage}"
+                elif (file.width, file.height) != (sample.width, sample.height):
+                    reasons[index] = (
+                        f"decodes to {file.width}x{file.height} pixels, not {sample.width}x{sample.height}"
+                    )
+        if not reasons:
+            return self
+        kept = self.drop(reasons)
+        log.warning("%s: dropped %d images, first %s", self.path, len(reasons), kept.problems[-len(reasons)])
+        return kept
+
+    def refuse_problems(self) -> None:
+        """For who wants a data set that needs no repair.
+
+        Raises:
+            DataError: If anything was dropped or clipped.
+        """
+        if self.problems:
+            raise DataError(
+                f"{self.path}: {len(self.problems)} images or boxes cannot be used as they are, first "
+                f"{self.problems[0]}"
+            )
+
     def hold_out(self, share: float, seed: int) -> tuple["Dataset", "Dataset"]:
         """Split into a part to train on and a part to select by.
 
@@ -157,7 +205,7 @@ class Dataset:
             raise ValueError(f"share must be between 0 and 1, not {share}")
         stills: list[int] = []
         videos: dict[str, list[tuple[int, int]]] = defaultdict(list)
-        for index, frame in enumerate(self._frames()):
+        for index, frame in enumerate(sample.frame for sample in self.samples):
             if frame is None:
                 stills.append(index)
             else:
@@ -174,66 +222,73 @@ class Dataset:
         train = [index for index in range(len(self)) if index not in selected]
         return self.subset(train), self.subset(sorted(selected))
 
-    def _frames(self) -> list[Frame | None]:
-        return [frame_of(sample.file_name) for sample in self.samples]
 
+def load_dataset(path: Path, images: Path | None = None, classes: Sequence[str] | None = None) -> Dataset:
+    """Read COCO JSON, Pascal VOC, YOLO, CrowdHuman or MOT: `readers/` says which files each has.
 
-def load_dataset(path: Path, images: Path | None = None, classes: Sequence[str] = ("person",)) -> Dataset:
-    """Read COCO JSON (`images`, `annotations` with `bbox`, `categories`).
+    Image headers and ends are looked at, which takes seconds for 10,000 images, once.
 
     Args:
-        path: the JSON.
-        images: folder of the images. Default: a folder beside the JSON named like its end
-            (`person_val2017.json`: `val2017/`), or else the JSON's own folder. A video is looked for there,
-            then beside the JSON, then among the assets.
-        classes: names of the categories to keep.
+        path: the label file, or the folder of a data set.
+        images: folder of the images, where they are not where the format has them. A video is looked for
+            there, then beside the labels, then among the assets.
+        classes: names of the classes to keep, as the data set has them. Default: those in `PERSON_NAMES`,
+            all as `person`.
 
     Raises:
-        DataError: If it is no COCO JSON, lacks a class, names a file outside the folder or a video that is
-            missing or does not open, or has no usable image. Single bad images and boxes are dropped and
-            listed in `Dataset.problems`.
+        DataError: If the format is not known or the labels are damaged, lack a class, name a file outside the
+            folder or a video that is missing or does not open, or have no usable image. Single bad images
+            and boxes are dropped and listed in `Dataset.problems`.
         AssetError: If a video is an asset and cannot be had.
     """
-    content = read_json(path)
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise DataError(
-                f"{path} is not COCO JSON: it has no list {key!r}; expected an object with the lists images, "
-                "annotations and categories"
-            )
-    if images is not None and not images.is_dir():
-        raise DataError(f"no folder of images at {images}")
-    root = images or _default_root(path)
-    classes = tuple(dict.fromkeys(classes))
-    problems: list[Problem] = []
+    return _checked(read_labels(path, images), classes)
 
-    category_ids = _read_categories(content["categories"], path, classes, problems)
-    found = _read_images(content["images"], path, root, problems)
+
+def load_images(path: Path, every: int = 1) -> Dataset:
+    """Images without labels, of the class `person`: those of a folder and its folders, or a video's frames.
+
+    Args:
+        every: of a video, every so many frames.
+
+    Raises:
+        DataError: If there is no image, or the video does not open.
+    """
+    return _checked(read_images(path, every), None)
+
+
+def _checked(labels: Labels, classes: Sequence[str] | None) -> Dataset:
+    """What of the labels can be used; errors as `load_dataset`."""
+    problems = list(labels.problems)
+    kept, category_ids = _read_categories(labels, classes, problems)
+    found = _read_images(labels, problems)
     if not found.entries:
         first = f"; first problem: {problems[0]}" if problems else ""
-        raise DataError(f"{path}: none of its {len(content['images'])} images in {root} can be used{first}")
-    annotations = _read_annotations(content["annotations"], path, found, category_ids, problems)
+        raise DataError(
+            f"{labels.path}: none of its {len(labels.images)} images in {labels.root} can be used{first}"
+        )
+    annotations = _read_annotations(labels, found, category_ids, problems)
 
     by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for annotation in annotations:
         by_image[annotation["image_id"]].append(annotation)
-    digest = hashlib.sha256(sha256_of(path).encode())
+    digest = hashlib.sha256(labels.sha256.encode())
     for name, size_bytes in sorted(found.sizes_bytes.items()):
         digest.update(f"\n{name} {size_bytes}".encode())
     return Dataset(
-        path=path,
-        root=root,
-        classes=classes,
+        path=labels.path,
+        root=labels.root,
+        classes=kept,
         sha256=digest.hexdigest(),
         samples=tuple(_sample(entry, by_image[entry["id"]]) for entry in found.entries.values()),
         coco={
             "info": {},
             "images": list(found.entries.values()),
             "annotations": annotations,
-            "categories": [{"id": number, "name": name} for number, name in enumerate(classes, 1)],
+            "categories": [{"id": number, "name": name} for number, name in enumerate(kept, 1)],
         },
         problems=tuple(problems),
         videos=found.videos,
+        format=labels.format,
     )
 
 
@@ -241,11 +296,31 @@ class _Unusable(Exception):
     """What is wrong with an entry of a label file."""
 
 
-def _clean_box(bbox: Any, width: int, height: int) -> tuple[float, float, float, float]:
-    """Check a COCO `bbox` and clip it to its image.
+def _numbers(bbox: Any) -> list[float]:
+    """The four numbers of whatever a file holds for `bbox`."""
+    if not isinstance(bbox, list) or len(bbox) != 4:
+        raise _Unusable("bbox is no list of four numbers")
+    numbers = [_number(value) for value in bbox]
+    if not all(math.isfinite(number) for number in numbers):
+        raise _Unusable("bbox has a value that is no finite number")
+    return numbers
+
+
+def _from_shares(bbox: list[float], width: int, height: int) -> list[float]:
+    """Pixels ``[x, y, width, height]`` of YOLO's box; whole pixels written in full come back whole."""
+    x, y, box_width, box_height = bbox
+    corner = [(x - box_width / 2) * width, (y - box_height / 2) * height]
+    pixels = [*corner, box_width * width, box_height * height]
+    if not all(map(math.isfinite, pixels)):
+        raise _Unusable("bbox has a value that is no finite number of pixels")
+    return [round(value, 6) for value in pixels]
+
+
+def _clip(bbox: list[float], width: int, height: int) -> tuple[float, float, float, float]:
+    """Check a box and clip it to its image.
 
     Args:
-        bbox: whatever the file holds; should be ``[x, y, width, height]``, pixels.
+        bbox: ``[x, y, width, height]``, pixels.
         width, height: of the image.
 
     Returns:
@@ -254,12 +329,7 @@ def _clean_box(bbox: Any, width: int, height: int) -> tuple[float, float, float,
     Raises:
         _Unusable: If it is no box, or none in the image.
     """
-    if not isinstance(bbox, list) or len(bbox) != 4:
-        raise _Unusable("bbox is no list of four numbers")
-    numbers = [_number(value) for value in bbox]
-    if not all(math.isfinite(number) for number in numbers):
-        raise _Unusable("bbox has a value that is no finite number")
-    x, y, box_width, box_height = numbers
+    x, y, box_width, box_height = bbox
     if box_width <= 0 or box_height <= 0:
         raise _Unusable(f"bbox is inverted or empty ({box_width:g} wide, {box_height:g} high)")
     x1, x2 = (min(max(value, 0.0), float(width)) for value in (x, x + box_width))
@@ -269,33 +339,30 @@ def _clean_box(bbox: Any, width: int, height: int) -> tuple[float, float, float,
     return x1, y1, x2, y2
 
 
-def _default_root(path: Path) -> Path:
-    # instances_val2017.json: val2017 beside it; of several folders that fit, the most specific
-    try:
-        beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
-    except OSError as error:
-        raise DataError(f"cannot list {path.parent}: {error.strerror}") from error
-    fitting = [name for name in beside if f"_{path.stem}".endswith(f"_{name}")]
-    return path.parent / max(fitting, key=len) if fitting else path.parent
-
-
 def _read_categories(
-    categories: list[Any], path: Path, classes: tuple[str, ...], problems: list[Problem]
-) -> dict[int, int | None]:
-    """Category id in the file -> category id in `Dataset.coco`, None for a class that was not asked for."""
+    labels: Labels, classes: Sequence[str] | None, problems: list[Problem]
+) -> tuple[tuple[str, ...], dict[int, int | None]]:
+    """The classes to keep, and category id in the labels -> in `Dataset.coco`, or None."""
     names: dict[int, str] = {}
-    for position, category in enumerate(categories):
+    for category, file, where in labels.categories:
         number, name = _get(category, "id"), _get(category, "name")
         if not _is_id(number) or not isinstance(name, str) or number in names:
-            what = "needs an id of its own and a name; dropped"
-            problems.append(Problem(str(path), f"categories[{position}]", what))
+            problems.append(Problem(file, where, "needs an id of its own and a name; dropped"))
         else:
             names[number] = name
-    missing = [name for name in classes if name not in names.values()]
+    known = ", ".join(sorted(set(names.values()))) or "none"
+    if classes is None:
+        people = {number: 1 for number, name in names.items() if name.lower() in PERSON_NAMES}
+        if not people:
+            raise DataError(
+                f"{labels.path} has no class {', '.join(map(repr, PERSON_NAMES))}; its classes are: {known}"
+            )
+        return PERSON_NAMES[:1], {number: people.get(number) for number in names}
+    kept = tuple(dict.fromkeys(classes))
+    missing = [name for name in kept if name not in names.values()]
     if missing:
-        known = ", ".join(sorted(set(names.values()))) or "none"
-        raise DataError(f"{path} has no class {missing[0]!r}; its classes are: {known}")
-    return {number: classes.index(name) + 1 if name in classes else None for number, name in names.items()}
+        raise DataError(f"{labels.path} has no class {missing[0]!r}; its classes are: {known}")
+    return kept, {number: kept.index(name) + 1 if name in kept else None for number, name in names.items()}
 
 
 @dataclass
@@ -311,82 +378,115 @@ class _Images:
     """Of the file, by file_name."""
 
 
-def _read_images(images: list[Any], path: Path, root: Path, problems: list[Problem]) -> _Images:
+def _read_images(labels: Labels, problems: list[Problem]) -> _Images:
     found = _Images()
-    for position, image in enumerate(images):
-        where, number = f"images[{position}]", _get(image, "id")
+    names = (_get(content, "file_name") for content, _, _ in labels.images)
+    stills = [
+        check_inside(name, labels.path, "file_name")
+        for name in names
+        if isinstance(name, str) and not frame_of(name)
+    ]
+    files = look(labels.root, dict.fromkeys(stills))
+    for image, file, where in labels.images:
+        number = _get(image, "id")
         try:
             if not _is_id(number):
                 raise _Unusable(f"id {number!r} is no whole number")
             if number in found.entries:
                 raise _Unusable(f"its id {number} belongs to another image")
-            found.entries[number] = _read_image(image, path, root, found)
+            found.entries[number] = _read_image(image, labels, files, found)
         except _Unusable as unusable:
-            problems.append(Problem(str(path), where, f"{unusable}; dropped"))
+            problems.append(Problem(file, where, f"{unusable}; dropped"))
             if _is_id(number):
                 found.dropped.add(number)
     return found
 
 
-def _read_image(image: dict[str, Any], path: Path, root: Path, found: _Images) -> dict[str, Any]:
+def _read_image(
+    image: dict[str, Any], labels: Labels, files: Mapping[str, ImageFile], found: _Images
+) -> dict[str, Any]:
     name = image.get("file_name")
     if not isinstance(name, str):
         raise _Unusable("has no file_name")
-    parts = PureWindowsPath(name)  # knows both kinds of slash, and drives
-    if parts.anchor or ".." in parts.parts:
-        raise DataError(
-            f"{path}: file_name {name!r} leaves the folder of images; only names below it are read"
-        )
     if name in found.sizes_bytes:
         raise _Unusable(f"file_name {name!r} belongs to another image")  # it would leak through a split
-    width, height = (_number(image.get(side)) for side in ("width", "height"))
-    if not all(1 <= side <= MAX_SIDE and side.is_integer() for side in (width, height)):
-        raise _Unusable(f"width and height are no whole numbers of pixels from 1 to {MAX_SIDE}")
     frame = frame_of(name)
-    if frame is not None and frame.video not in found.videos:
-        found.videos[frame.video] = _find_video(frame.video, path, root)
-    file = root / name if frame is None else found.videos[frame.video]
-    size_bytes = _size_bytes(file)
+    stated = "width" in image or labels.sized
+    width, height = (_number(image.get(side)) for side in ("width", "height"))
+    if stated and not all(1 <= side <= MAX_SIDE and side.is_integer() for side in (width, height)):
+        raise _Unusable(f"width and height are no whole numbers of pixels from 1 to {MAX_SIDE}")
+    entry = {"id": image["id"], "file_name": name}
+    if frame is None:
+        file = files.get(name)
+        if file is None:
+            raise _Unusable(f"no image file {str(labels.root / name)!r}")
+        if not _is_text(name):
+            raise _Unusable("its name is no text in UTF-8")
+        _check_file(file, (int(width), int(height)) if stated else None)
+        video = [image.get(key) for key in ("video_id", "frame_id")]
+        if all(_is_id(number) for number in video):
+            entry |= {"video_id": video[0], "frame_id": video[1]}
+        found.sizes_bytes[name] = file.size_bytes
+        return entry | {"width": file.width, "height": file.height}
+    check_inside(name, labels.path, "file_name")
+    if frame.video not in found.videos:
+        found.videos[frame.video] = _find_video(frame.video, labels.path, labels.root)
+    size_bytes = _size_bytes(found.videos[frame.video])
     if size_bytes is None:
-        raise _Unusable(f"no image file {str(file)!r}")
+        raise _Unusable(f"no video file {str(found.videos[frame.video])!r}")
     found.sizes_bytes[name] = size_bytes
-    return {"id": image["id"], "file_name": name, "width": int(width), "height": int(height)}
+    return entry | {"width": int(width), "height": int(height)}
+
+
+def _check_file(file: ImageFile, stated: tuple[int, int] | None) -> None:
+    """Compare an image file with the size that the labels state, if they do."""
+    if file.damage:
+        raise _Unusable(f"its image file {file.damage}")
+    stored = (file.width, file.height)
+    turned = f"its EXIF orientation is {file.orientation}, and images are read as stored; store it upright"
+    if stated is None:
+        if file.orientation != 1:  # the boxes may be meant for either way
+            raise _Unusable(turned)
+    elif stated != stored:
+        if file.orientation != 1 and stated == stored[::-1]:
+            raise _Unusable(turned)
+        raise _Unusable(
+            f"its image file is {stored[0]}x{stored[1]} pixels, not {stated[0]}x{stated[1]}: "
+            "the boxes would not fit"
+        )
 
 
 def _read_annotations(
-    annotations: list[Any],
-    path: Path,
-    images: _Images,
-    category_ids: Mapping[int, int | None],
-    problems: list[Problem],
+    labels: Labels, images: _Images, category_ids: Mapping[int, int | None], problems: list[Problem]
 ) -> list[dict[str, Any]]:
-    """The usable boxes of the classes asked for, in pycocotools' form."""
+    """The usable boxes of the classes to keep, in pycocotools' form."""
     found: list[dict[str, Any]] = []
     seen: set[int] = set()
-    for position, annotation in enumerate(annotations):
-        where = f"annotations[{position}]"
+    for annotation, file, where in labels.boxes:
         try:
-            entry = _read_annotation(annotation, seen, images, category_ids)
+            entry, outside = _read_annotation(annotation, labels, seen, images, category_ids) or (None, 0)
         except _Unusable as unusable:
-            problems.append(Problem(str(path), where, f"{unusable}; dropped"))
+            problems.append(Problem(file, where, f"{unusable}; dropped"))
             continue
         if entry is None:
             continue
-        outside = max(
-            abs(a - b) for a, b in zip(entry["bbox"], map(_number, annotation["bbox"]), strict=True)
-        )
-        if outside > CLIP_TOLERANCE:
-            problems.append(
-                Problem(str(path), where, f"bbox reaches {outside:g} px outside the image; clipped")
-            )
+        if outside > CLIP_TOLERANCE and not labels.amodal:
+            problems.append(Problem(file, where, f"bbox reaches {outside:g} px outside the image; clipped"))
         found.append({"id": len(found) + 1, **entry})  # pycocotools takes a match with id 0 for none
     return found
 
 
 def _read_annotation(
-    annotation: Any, seen: set[int], images: _Images, category_ids: Mapping[int, int | None]
-) -> dict[str, Any] | None:
-    """An annotation without its id; None for one of a class not asked for, or of a dropped image."""
+    annotation: Any,
+    labels: Labels,
+    seen: set[int],
+    images: _Images,
+    category_ids: Mapping[int, int | None],
+) -> tuple[dict[str, Any], float] | None:
+    """An annotation without its id, and by how many pixels it was clipped.
+
+    None for one of a class that is not kept, or of a dropped image.
+    """
     number, image_id, category = (_get(annotation, key) for key in ("id", "image_id", "category_id"))
     if not _is_id(number):
         raise _Unusable(f"id {number!r} is no whole number")
@@ -403,14 +503,20 @@ def _read_annotation(
     if image_id not in images.entries or category_ids[category] is None:
         return None
     image = images.entries[image_id]
-    x1, y1, x2, y2 = _clean_box(annotation.get("bbox"), image["width"], image["height"])
-    return {
+    width, height = image["width"], image["height"]
+    bbox = _numbers(annotation.get("bbox"))
+    if labels.centred_shares:
+        bbox = _from_shares(bbox, width, height)
+    x1, y1, x2, y2 = _clip(bbox, width, height)
+    outside = max(abs(a - b) for a, b in zip([x1, y1, x2 - x1, y2 - y1], bbox, strict=True))
+    entry = {
         "image_id": image_id,
         "category_id": category_ids[category],
         "bbox": [x1, y1, x2 - x1, y2 - y1],
         "area": (x2 - x1) * (y2 - y1),
         "iscrowd": int(any(marks)),
     }
+    return entry, outside
 
 
 def _sample(entry: dict[str, Any], annotations: list[dict[str, Any]]) -> Sample:
@@ -423,7 +529,12 @@ def _sample(entry: dict[str, Any], annotations: list[dict[str, Any]]) -> Sample:
         height=entry["height"],
         boxes=boxes.astype(np.float32),
         ignore=np.array([annotation["iscrowd"] for annotation in annotations], bool),
+        frame=frame_of(entry["file_name"]) or _stored_frame(entry),
     )
+
+
+def _stored_frame(entry: dict[str, Any]) -> Frame | None:
+    return Frame(str(entry["video_id"]), entry["frame_id"]) if "video_id" in entry else None
 
 
 def _find_video(name: str, path: Path, root: Path) -> Path:
@@ -453,6 +564,11 @@ def _size_bytes(file: Path) -> int | None:
 
 def _get(entry: Any, key: str) -> Any:
     return entry.get(key) if isinstance(entry, dict) else None
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written and printed: a file's may hold any bytes."""
+    return name.encode("utf-8", "replace") == name.encode("utf-8", "surrogatepass")
 
 
 def _is_id(value: Any) -> TypeGuard[int]:

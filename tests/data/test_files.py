@@ -19,7 +19,7 @@ def small_files_only() -> Iterator[int]:
 
 
 def test_a_refused_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, small_files_only: int) -> None:
-    """When the file system takes only a part, the file is as it was, no temporary stays, the error names it."""
+    """When the file system takes only a part, the error names the file, which is as it was, and alone."""
     path = tmp_path / "weights.bin"
     write_bytes(path, b"old")
     with pytest.raises(EdgePruneError, match=r"cannot write .*weights\.bin: File too large"):

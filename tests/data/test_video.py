@@ -83,7 +83,7 @@ def test_frames_are_exact_in_any_order(tmp_path: Path, video: Path) -> None:
 
 
 def test_a_video_is_decoded_once(tmp_path: Path, video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first frame asked for brings all labelled ones into the cache, and a copy of the video uses them too."""
+    """The first frame asked for brings all labelled ones into the cache; a copy of the video uses them."""
     dataset = dataset_of(tmp_path, ["clip.avi#000003", "clip.avi#000020"])
     dataset.image(0)
     (tmp_path / "other").mkdir()
@@ -130,7 +130,7 @@ def test_a_missing_or_broken_video_is_named(tmp_path: Path) -> None:
 
 def test_frames_of_another_size_than_labelled_are_refused(tmp_path: Path, video: Path) -> None:
     """Boxes made on another resolution of the video do not pass."""
-    with pytest.raises(DataError, match="is 64x48 pixels and .* says 640x480"):
+    with pytest.raises(DataError, match=r"is 64x48 pixels and .* says 640x480"):
         dataset_of(tmp_path, ["clip.avi#000001"], (640, 480)).image(0)
 
 

@@ -20,7 +20,6 @@ from edgeprune.detectors.training import FineTuneOptions, fine_tune
 if __name__ == "__main__":
     torch.set_num_threads(1)
     job = json.loads(Path(sys.argv[1]).read_text())
-    distributed.start("cpu")
 
     def kill_in_time(done: int, _: int) -> None:
         if done == job.get("kill_at"):
@@ -33,16 +32,17 @@ if __name__ == "__main__":
     )
     checkpoint = Path(job["checkpoint"]) if "checkpoint" in job else None
     options = FineTuneOptions(**job["options"])
-    fine_tune(
-        network,
-        network,
-        None,
-        train,
-        select,
-        options,
-        seed=3,
-        checkpoint=checkpoint,
-        progress=kill_in_time,
-    )
-    if distributed.rank() == 0:
-        torch.save(network.state_dict(), job["result"])
+    with distributed.processes("cpu"):
+        fine_tune(
+            network,
+            network,
+            None,
+            train,
+            select,
+            options,
+            seed=3,
+            checkpoint=checkpoint,
+            progress=kill_in_time,
+        )
+        if distributed.rank() == 0:
+            torch.save(network.state_dict(), job["result"])

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,15 @@ from edgeprune.detectors.training import (
 LABELS = FineTuneOptions(
     epochs=40, learning_rate=1e-2, batch_size=4, distill=False, ema_decay=0.9, workers=1, warmup_epochs=1
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """More threads only get in each other's way on tensors this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +80,7 @@ def test_it_learns_and_keeps_the_best_epoch(train: Dataset, select: Dataset) -> 
         progress=lambda done, total: steps.append((done, total)),
     )
     assert result.before == before
+    assert all(parameter.grad is None for parameter in network.parameters())
     assert result.epochs[-1].loss < result.epochs[0].loss / 2
     assert result.after.ap > before.ap + 0.05
     assert not result.rolled_back
@@ -274,3 +284,21 @@ def test_two_processes_do_what_one_does(
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
         assert not torch.equal(initial[name], tensor)
+
+
+def test_images_that_do_not_decode_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An image damaged in its middle is dropped at its first decode, with a warning, and training goes on."""
+    train, select = (
+        write_squares(tmp_path / "train", 6, seed=1),
+        write_squares(tmp_path / "select", 4, seed=2),
+    )
+    for dataset, name in ((train, train.samples[2].file_name), (select, select.samples[0].file_name)):
+        content = bytearray((dataset.root / name).read_bytes())
+        content[200:-200] = bytes(len(content) - 400)
+        (dataset.root / name).write_bytes(content)
+    detector = TinyDetector()
+    options = replace(LABELS, epochs=1, batch_size=2)
+    result = fine_tune(detector, detector, None, train, select, options, seed=0)
+    assert result.after.images == 3
+    assert [record.epoch for record in result.epochs] == [1]
+    assert sum("dropped 1 images" in record.getMessage() for record in caplog.records) == 2

@@ -3,16 +3,21 @@
 torch and everything that imports it is loaded inside the commands, so that `edgeprune --help` is instant.
 """
 
+import errno
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from edgeprune.cli.device_options import with_device
+from edgeprune.cli.run_options import ValImages, with_config
+
 if TYPE_CHECKING:
     from edgeprune.cli.config import BuildConfig
+    from edgeprune.deploy.connection import Connection
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -42,6 +47,8 @@ def _one_line(error: Exception) -> str | None:
     if isinstance(error, EdgePruneError):
         return " ".join(str(error).split())
     torch = sys.modules.get("torch")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return f"cannot write {error.filename or 'a file'}: {error.strerror}"
     if isinstance(error, MemoryError):
         return "out of memory: a smaller --input-size needs less"
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
@@ -83,6 +90,18 @@ Step = Annotated[
 Json = Annotated[
     bool, typer.Option("--json", help="Print the numbers as JSON on standard output, and nothing else.")
 ]
+Frames = Annotated[
+    bool,
+    typer.Option(
+        "--frames/--no-frames",
+        help="Draw detections before and after on a few validation images. A report that is published may "
+        "need to leave the pictures out.",
+    ),
+]
+FlagApDrop = Annotated[
+    float,
+    typer.Option(min=0.0, help="Warn where AP on the device is lower than on the host by more than this."),
+]
 Verbose = Annotated[
     bool, typer.Option("--verbose", callback=_set_logging, help="Log what happens, to standard error.")
 ]
@@ -94,95 +113,6 @@ Resume = Annotated[
     ),
 ]
 
-Target = Annotated[
-    str,
-    typer.Option(
-        help="Kind of device to prune for and measure on; `host` is this machine. It decides the ONNX "
-        "opset and the channel counts that run fast."
-    ),
-]
-Precision = Annotated[
-    Literal["fp32", "fp16", "int8"],
-    typer.Option(
-        help="Number format of the engine on the device. Fewer bits are faster; the AP shows what they cost."
-    ),
-]
-Detector = Annotated[str, typer.Option(help="Network to prune.")]
-Weights = Annotated[
-    Path | None,
-    typer.Option(
-        help="Its trained weights. Default: the published ones, fetched and checked.", show_default=False
-    ),
-]
-InputSize = Annotated[
-    int,
-    typer.Option(min=32, help="Side in pixels of the square that images are scaled into; a multiple of 32."),
-]
-Train = Annotated[
-    Path | None,
-    typer.Option(
-        help="COCO JSON of labelled images or video frames to score channels and fine-tune with. A part of "
-        "it is held out to choose the best epoch. Default: frames of a street video whose labels come with "
-        "edgeprune.",
-        show_default=False,
-    ),
-]
-TrainImages = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder of its images. Default: beside the JSON, named like it or holding them.",
-        show_default=False,
-    ),
-]
-Val = Annotated[
-    Path | None,
-    typer.Option(
-        help="COCO JSON that every AP of the report is measured on. It decides nothing. Default: later "
-        "frames of the same video.",
-        show_default=False,
-    ),
-]
-ValImages = Annotated[
-    Path | None, typer.Option(help="Folder of its images, like --train-images.", show_default=False)
-]
-Iterations = Annotated[
-    int,
-    typer.Option(
-        min=1,
-        help="Steps to reach --remove in. Each scores, removes and fine-tunes; more steps lose less AP.",
-    ),
-]
-Remove = Annotated[
-    float,
-    typer.Option(
-        min=0.01, max=0.95, help="Share of the detector's parameters to remove in all: 0.4 is 40 %."
-    ),
-]
-Criterion = Annotated[
-    Literal["taylor", "magnitude", "random"],
-    typer.Option(
-        help="What makes a channel important: taylor, how much the loss would change without it; magnitude, "
-        "the size of its weights; random, nothing (the baseline to beat)."
-    ),
-]
-Per = Annotated[
-    Literal["params", "macs", "none"],
-    typer.Option(
-        help="Rank channels by importance per parameter saved, per multiply-accumulate saved, or by "
-        "importance alone."
-    ),
-]
-TrainDevice = Annotated[
-    Literal["auto", "cpu", "cuda"],
-    typer.Option(help="Where to fine-tune; auto takes a CUDA GPU if there is one."),
-]
-FineTuneEpochs = Annotated[
-    int, typer.Option("--finetune-epochs", min=0, help="Passes over the training images after each removal.")
-]
-LearningRate = Annotated[
-    float, typer.Option(min=0.0, help="Step size of fine-tuning. Too high a rate destroys what pruning left.")
-]
-Seed = Annotated[int, typer.Option(help="Seed of every random choice. The same seed gives the same weights.")]
 RunDir = Annotated[
     Path | None,
     typer.Option(
@@ -192,36 +122,16 @@ RunDir = Annotated[
 ]
 
 
-def _config(options: dict[str, Any]) -> "BuildConfig":
-    from edgeprune.cli.config import BuildConfig
-
-    try:
-        return BuildConfig.from_options(options)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-@app.command()
-def build(
-    target: Target,
-    detector: Detector = "nanodet-g",
-    weights: Weights = None,
-    input_size: InputSize = 320,
-    train: Train = None,
-    train_images: TrainImages = None,
-    val: Val = None,
-    val_images: ValImages = None,
-    iterations: Iterations = 10,
-    remove: Remove = 0.4,
-    criterion: Criterion = "taylor",
-    per: Per = "none",
-    train_device: TrainDevice = "auto",
-    finetune_epochs: FineTuneEpochs = 10,
-    learning_rate: LearningRate = 3e-4,
-    seed: Seed = 0,
-    precision: Precision = "fp32",
+@app.command("build")
+@with_config
+@with_device
+def _build(
+    config: "BuildConfig",
+    connection: "Connection",
     run_dir: RunDir = None,
     resume: Resume = False,
+    frames: Frames = True,
+    flag_ap_drop: FlagApDrop = 0.01,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -229,28 +139,16 @@ def build(
     from edgeprune.cli import build as stages
     from edgeprune.cli.output import print_report
 
-    print_report(*stages.build(_config(locals()), run_dir, resume=resume), as_json=json)
+    options = stages.ReportOptions(frames, flag_ap_drop)
+    print_report(*stages.build(config, run_dir, connection, resume=resume, options=options), as_json=json)
 
 
-@app.command()
-def prune(
-    target: Target,
-    detector: Detector = "nanodet-g",
-    weights: Weights = None,
-    input_size: InputSize = 320,
-    train: Train = None,
-    train_images: TrainImages = None,
-    val: Val = None,
-    val_images: ValImages = None,
-    iterations: Iterations = 10,
-    remove: Remove = 0.4,
-    criterion: Criterion = "taylor",
-    per: Per = "none",
-    train_device: TrainDevice = "auto",
-    finetune_epochs: FineTuneEpochs = 10,
-    learning_rate: LearningRate = 3e-4,
-    seed: Seed = 0,
-    precision: Precision = "fp32",
+@app.command("prune")
+@with_config
+@with_device
+def _prune(
+    config: "BuildConfig",
+    connection: "Connection",
     run_dir: RunDir = None,
     resume: Resume = False,
     json: Json = False,
@@ -260,20 +158,11 @@ def prune(
     from edgeprune.cli import build as stages
     from edgeprune.cli.output import print_report
 
-    print_report(stages.prune(_config(locals()), run_dir, resume=resume), as_json=json)
+    print_report(stages.prune(config, run_dir, connection, resume=resume), as_json=json)
 
 
-@app.command()
-def export(run: Run, step: Step = None, json: Json = False, verbose: Verbose = False) -> None:
-    """Second stage: write each step as ONNX for the run's target and check it against PyTorch."""
-    from edgeprune.cli import build as stages
-    from edgeprune.cli.output import print_rows
-
-    print_rows(stages.export(run, step), as_json=json)
-
-
-@app.command()
-def deploy(run: Run, step: Step = None, json: Json = False, verbose: Verbose = False) -> None:
+@app.command("deploy")
+def _deploy(run: Run, step: Step = None, json: Json = False, verbose: Verbose = False) -> None:
     """Third stage: build each step's engine on the device."""
     from edgeprune.cli import build as stages
     from edgeprune.cli.output import print_rows
@@ -281,8 +170,8 @@ def deploy(run: Run, step: Step = None, json: Json = False, verbose: Verbose = F
     print_rows(stages.deploy(run, step), as_json=json)
 
 
-@app.command()
-def bench(run: Run, json: Json = False, verbose: Verbose = False) -> None:
+@app.command("bench")
+def _bench(run: Run, json: Json = False, verbose: Verbose = False) -> None:
     """Fourth stage: measure latency and AP of all steps on the device, interleaved."""
     from edgeprune.cli import build as stages
     from edgeprune.cli.output import print_report
@@ -290,17 +179,23 @@ def bench(run: Run, json: Json = False, verbose: Verbose = False) -> None:
     print_report(stages.bench(run), as_json=json)
 
 
-@app.command()
-def report(run: Run, json: Json = False, verbose: Verbose = False) -> None:
+@app.command("report")
+def _report(
+    run: Run,
+    frames: Frames = True,
+    flag_ap_drop: FlagApDrop = 0.01,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
     """Last stage: write report.html and report.json and print the table."""
     from edgeprune.cli import build as stages
     from edgeprune.cli.output import print_report
 
-    print_report(*stages.report(run), as_json=json)
+    print_report(*stages.report(run, stages.ReportOptions(frames, flag_ap_drop)), as_json=json)
 
 
-@app.command()
-def evaluate(
+@app.command("evaluate")
+def _evaluate(
     run: Run,
     step: Step = None,
     val: Annotated[
@@ -315,3 +210,11 @@ def evaluate(
     from edgeprune.cli.output import print_rows
 
     print_rows(stages.evaluate(run, step, val, val_images), as_json=json)
+
+
+import edgeprune.cli.adapt  # noqa: E402  these modules' commands register themselves
+import edgeprune.cli.check  # noqa: E402
+import edgeprune.cli.compare  # noqa: E402
+import edgeprune.cli.data  # noqa: E402
+import edgeprune.cli.device  # noqa: E402
+import edgeprune.cli.export  # noqa: E402, F401

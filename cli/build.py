@@ -4,48 +4,72 @@ Each stage reads and writes the run folder (`cli/run_folder.py`). A stage is don
 and names the hashes of what lies beside it: a resumed run goes on with the first thing that is missing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from mimetypes import guess_type
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 import edgeprune.data
 from edgeprune.benchmarks.measure import benchmark_engines
 from edgeprune.benchmarks.records import Report
-from edgeprune.benchmarks.report import write_report
+from edgeprune.benchmarks.report import NO_FRAMES, write_report
 from edgeprune.benchmarks.runs import load_report
+from edgeprune.benchmarks.samples import sample_frames, sample_ids
+from edgeprune.benchmarks.summary import FLAG_AP_DROP
+from edgeprune.cli.adaptation import Request, adapted
 from edgeprune.cli.config import BuildConfig
+from edgeprune.cli.export import OWN, ExportVariant
 from edgeprune.cli.progress import device_progress, progress, say
+from edgeprune.cli.run_device import RunDevice, plan_of, run_target
 from edgeprune.cli.run_folder import RunError, RunFolder, RunRecord
+from edgeprune.cli.unlabelled import unlabelled_images
 from edgeprune.data.dataset import Dataset, load_dataset
 from edgeprune.data.files import read_json, sha256_of, write_json
+from edgeprune.deploy.bundle import ImportedSession, read_results
+from edgeprune.deploy.connection import AUTO, Connection
+from edgeprune.deploy.device.imaging import Preprocessing
 from edgeprune.deploy.records import Engine
-from edgeprune.deploy.session import Progress as DeviceProgress
-from edgeprune.deploy.session import Session, image_files, local_session
-from edgeprune.deploy.targets import Target, load_target
+from edgeprune.deploy.session import Session, image_files
+from edgeprune.deploy.targets import load_target
+from edgeprune.detectors.adaptation import AdaptOptions
 from edgeprune.detectors.evaluation import evaluate as average_precision_of
-from edgeprune.export.model import ExportedModel, check_parity, export_onnx
+from edgeprune.detectors.protocol import Detector
+from edgeprune.detectors.registry import load_detector, slug
+from edgeprune.detectors.training import FineTuneOptions
+from edgeprune.export.model import Batch, ExportedModel
+from edgeprune.export.target import Int8Options, Precision, TargetExport, export_for_target
+from edgeprune.pruning.budget import Limits
 from edgeprune.pruning.checkpoint import load_step
 from edgeprune.pruning.records import PrunedDetector
+from edgeprune.pruning.schedule import PruningData, PruningOptions, prune_iteratively
 
 SELECT_SHARE = 0.2  # of the training images: held out to choose the best epoch by
 EXAMPLE = Path(edgeprune.data.__file__).parent  # holds the labels of the example video
 
 
 @dataclass(frozen=True)
-class Data:
-    """A run's images: `train` trains, `select` chooses the best epoch, `val` decides nothing and reports."""
+class ReportOptions:
+    """How the report is written."""
 
-    train: Dataset
-    select: Dataset
-    val: Dataset
+    frames: bool = True  # draw sample detections on validation images
+    flag_ap_drop: float = FLAG_AP_DROP  # warn where AP on the device is lower than on the host by more
 
 
-def build(config: BuildConfig, run_dir: Path | None, *, resume: bool) -> tuple[Report, Sequence[Path]]:
+DEFAULT_REPORT = ReportOptions()
+
+
+def build(
+    config: BuildConfig,
+    run_dir: Path | None,
+    connection: Connection,
+    *,
+    resume: bool,
+    options: ReportOptions = DEFAULT_REPORT,
+) -> tuple[Report, Sequence[Path]]:
     """From weights to a report.
 
     Returns:
@@ -55,26 +79,37 @@ def build(config: BuildConfig, run_dir: Path | None, *, resume: bool) -> tuple[R
         EdgePruneError: What a user can act on, from any stage.
         KeyboardInterrupt: Saying how to go on.
     """
-    _session(load_target(config.target)).probe()  # a missing device is better known before hours of pruning
-    with _running(config, run_dir, resume=resume) as (run, data):
-        for pruned in _prune(run, config, data):
-            model = _exported(run, config, pruned, data.val)
-            _built(config, model)
-        if not all(row.result for row in load_report(run.path).rows):
-            _measure(run, config, data.val)
+    device = RunDevice.find(config.target, connection)  # what is wrong with it is better known before hours
+    config = replace(config, target=device.target.name)  # which "auto" left open
+    with _running(config, run_dir, resume=resume) as (run, steps, val):
+        device.save(run.path)
+        models, engines = [], []
+        for pruned in steps:
+            models.append(_exported(run, config, pruned, val))
+            engines.append(_built(device, config, models[-1]))
+        results = [row.result for row in load_report(run.path).rows]
+        if not all(result and result.device.target == device.session.target.name for result in results):
+            _measure(run, device.session, engines, val)
+        if device.away:
+            files = image_files(val, run.path / "frames")
+            device.write_bundle(
+                run.path, [model.path for model in models], files, _preprocessing(run), config.precision
+            )
         report = load_report(run.path)
-        return report, write_report(report, run.path)
+        return report, _write_report(report, run, lambda: val, options)
 
 
-def prune(config: BuildConfig, run_dir: Path | None, *, resume: bool) -> Report:
-    """The first stage alone; errors as `build`."""
-    with _running(config, run_dir, resume=resume) as (run, data):
-        for _ in _prune(run, config, data):
+def prune(config: BuildConfig, run_dir: Path | None, connection: Connection, *, resume: bool) -> Report:
+    """The first stage alone; errors as `build`. The device is asked nothing, unless for what it is."""
+    if config.target == AUTO:
+        config = replace(config, target=RunDevice.find(AUTO, connection).target.name)
+    with _running(config, run_dir, resume=resume) as (run, steps, _):
+        for _ in steps:
             pass
         return load_report(run.path)
 
 
-def export(path: Path, step: int | None) -> list[dict[str, Any]]:
+def export(path: Path, step: int | None, variant: ExportVariant) -> list[dict[str, Any]]:
     """Export one step or all, whether or not they are; a row a step.
 
     Raises:
@@ -84,17 +119,26 @@ def export(path: Path, step: int | None) -> list[dict[str, Any]]:
         val = _val(record)
         rows = []
         for iteration in _chosen(run, step):
-            model = _export(run, record.config, load_step(run.step(iteration)), val)
+            found = _export(run, record.config, load_step(run.step(iteration)), val, variant)
+            model, quantised = found.model, found.quantised
             rows.append(
                 {
                     "iteration": iteration,
                     "file": str(model.path),
                     "opset": model.opset,
                     "size_bytes": model.size_bytes,
+                    "nodes_traced": model.nodes_traced,
                     "nodes": model.nodes,
-                    **read_json(run.step(iteration) / "parity.json")["parity"],
+                    **asdict(found.parity),
                 }
             )
+            if quantised:
+                rows[-1] |= {
+                    "int8_ap": quantised.ap,
+                    "float_ap": quantised.ap_float,
+                    "int8_macs_share": quantised.int8_macs_share,
+                    "float_layers": ", ".join(quantised.float_layers) or "none",
+                }
         return rows
 
 
@@ -105,9 +149,10 @@ def deploy(path: Path, step: int | None) -> list[dict[str, Any]]:
         EdgePruneError: If this is no run folder, a step is not exported, or the device fails.
     """
     with _opened(path) as (run, record):
+        device = RunDevice.of(run.path, record.config.target)
         rows = []
         for iteration in _chosen(run, step):
-            engine = _built(record.config, _model(run, iteration))
+            engine = _built(device, record.config, _model(run, iteration))
             rows.append(
                 {
                     "iteration": iteration,
@@ -126,19 +171,49 @@ def deploy(path: Path, step: int | None) -> list[dict[str, Any]]:
 def bench(path: Path) -> Report:
     """Measure all steps on the device, whether or not they are; errors as `deploy`."""
     with _opened(path) as (run, record):
-        _measure(run, record.config, _val(record))
+        config, val = record.config, _val(record)
+        device = RunDevice.of(run.path, config.target)
+        engines = [_built(device, config, _model(run, iteration)) for iteration in _chosen(run, None)]
+        _measure(run, device.session, engines, val)
         return load_report(run.path)
 
 
-def report(path: Path) -> tuple[Report, Sequence[Path]]:
+def import_results(path: Path, archive: Path) -> tuple[Report, Sequence[Path]]:
+    """Take what a bundle's run.sh measured for this run's measurements, and write the report.
+
+    Raises:
+        EdgePruneError: If the archive is damaged, or holds the results of another run.
+    """
+    with _opened(path) as (run, record):
+        target = run_target(run.path, record.config.target)
+        session = ImportedSession(target, read_results(archive), plan_of(run.path))
+        engines = [
+            session.build(_model(run, iteration).path, record.config.precision)
+            for iteration in _chosen(run, None)
+        ]
+        _measure(run, session, engines, _val(record))
+        found = load_report(run.path)
+        return found, _write_report(found, run, lambda: _val(record), DEFAULT_REPORT)
+
+
+def report(path: Path, options: ReportOptions = DEFAULT_REPORT) -> tuple[Report, Sequence[Path]]:
     """Write the report of what was measured so far.
 
     Raises:
         EdgePruneError: If this is no run folder, or a record in it is damaged.
     """
-    with _opened(path) as (run, _):
+    with _opened(path) as (run, record):
         found = load_report(run.path)
-        return found, write_report(found, run.path)
+        return found, _write_report(found, run, lambda: _val(record), options)
+
+
+def _write_report(
+    report: Report, run: RunFolder, val: Callable[[], Dataset], options: ReportOptions
+) -> Sequence[Path]:
+    """Write the report; the validation data is opened only if there is something to draw on it."""
+    wanted = options.frames and sample_ids(report)
+    frames = sample_frames(report, val()) if wanted else NO_FRAMES
+    return write_report(report, run.path, frames, flag_ap_drop=options.flag_ap_drop)
 
 
 def evaluate(path: Path, step: int | None, val: Path | None, val_images: Path | None) -> list[dict[str, Any]]:
@@ -149,38 +224,78 @@ def evaluate(path: Path, step: int | None, val: Path | None, val_images: Path | 
     """
     run = RunFolder(path)  # not locked: it reads what a build has finished
     record = run.read_record()
-    dataset = _val(record) if val is None else _load(val, val_images)
-    device = _training_device(record.config)
+    dataset = _val(record) if val is None else load_labels(val, val_images, record.config.class_names)
+    device = training_device(record.config.train_device)
     rows = []
     for iteration in _chosen(run, step):
         pruned = load_step(run.step(iteration))
         with progress(f"iteration {iteration}: AP on {len(dataset)} images") as update:
+            pruned.detector.to(device)
             found = average_precision_of(
-                pruned.detector.to(device), pruned.network.to(device), dataset, device, update
+                _protocol(pruned), pruned.network.to(device), dataset, device, update
             )
         rows.append({"iteration": iteration, "params": pruned.steps[-1].params, **asdict(found)})
     return rows
 
 
 @contextmanager
-def _running(config: BuildConfig, run_dir: Path | None, *, resume: bool) -> Iterator[tuple[RunFolder, Data]]:
-    """A run folder that is ours to write, new or to go on with, and the data of its configuration."""
-    run = RunFolder(run_dir or Path("runs") / f"{config.detector}-{config.target}-{config.criterion}")
-    train, val = _load(config.train or EXAMPLE / "vtest_train.json", config.train_images), _load_val(config)
+def _running(
+    config: BuildConfig, run_dir: Path | None, *, resume: bool
+) -> Iterator[tuple[RunFolder, Iterator[PrunedDetector], Dataset]]:
+    """A run folder that is ours to write, new or begun; its steps as they are pruned; its validation data.
+
+    What the configuration names is read first: a run that cannot begin leaves no folder.
+    """
+    run = RunFolder(run_dir or Path("runs") / f"{slug(config.detector)}-{config.target}-{config.criterion}")
+    options, device = _pruning_options(config), training_device(config.train_device)
     if config.train is None:
-        say("No --train and --val: the street video vtest.avi with the labels that come with edgeprune.")
-    data = Data(*train.hold_out(SELECT_SHARE, config.seed), val)
+        say("No --train and --val: the street video vtest.avi, with the labels that come with edgeprune.")
+    train, val = _load_train(config), _load_val(config)
+    select = load_labels(config.select, None, config.class_names) if config.select else None
+    train, select = (train, select) if select else train.hold_out(SELECT_SHARE, config.seed)
+    data = PruningData(train, select, val, tuple(unlabelled_images(path, val) for path in config.unlabelled))
     weights = sha256_of(config.weights) if config.weights else None
+    size = (config.input_size, config.input_size)
+    detector = load_detector(config.detector, config.weights, size, config.class_names)
     record = RunRecord.of(config, {"train": train.sha256, "val": val.sha256, "weights": weights})
     with run.lock():
         found = run.start(record, resume=resume)
         if found is not None and found.versions != record.versions:
             say(f"{run.path} began with other versions (see run.json): the result may differ.")
         try:
-            yield run, data
+            if getattr(detector, "untrained", False) and config.adapt_epochs:
+                say(f"The weights are of more classes, which compete: adapting to {config.classes} first.")
+                adapting = AdaptOptions(config.adapt_epochs)
+                request = Request(config.detector, detector, weights, train, select, adapting, config.seed)
+                detector = adapted(run.path / "adapted", request, device)
+            steps = prune_iteratively(
+                config.detector, detector, data, options, run.step, device=device, stage=progress
+            )
+            yield run, steps, val
         except KeyboardInterrupt:
             how = f"Interrupted; {run.path} keeps what is done. The same command with --resume goes on."
             raise KeyboardInterrupt(how) from None
+
+
+def _pruning_options(config: BuildConfig) -> PruningOptions:
+    multiple = config.channel_multiple or load_target(config.target).channel_multiple
+    return PruningOptions(
+        iterations=config.iterations,
+        remove=config.remove,
+        budget=config.budget,
+        schedule=config.schedule,
+        criterion=config.criterion,
+        per=config.per,
+        replacement=config.replacement,
+        limits=Limits(config.min_channels, config.max_layer_ratio, multiple),
+        protect=config.protect,
+        finetune=FineTuneOptions(
+            epochs=config.finetune_epochs, learning_rate=config.learning_rate, distill=config.distill
+        ),
+        min_ap=config.min_ap,
+        stop_ap_drop=config.stop_ap_drop,
+        seed=config.seed,
+    )
 
 
 @contextmanager
@@ -192,20 +307,28 @@ def _opened(path: Path) -> Iterator[tuple[RunFolder, RunRecord]]:
         yield run, record
 
 
-def _load(path: Path, images: Path | None) -> Dataset:
+def load_labels(path: Path, images: Path | None, classes: Sequence[str]) -> Dataset:
+    """A labelled data set, saying what had to be dropped; its persons, by any of their names, for `person`.
+
+    Raises:
+        EdgePruneError: If it cannot be used.
+    """
     if (guess_type(path.name)[0] or "").startswith("video/"):
         how = f'give COCO JSON whose file_name is "{path.name}#000123" for frame 123, counted from 0'
         raise RunError(f"{path} is a video without labels: {how}")
-    dataset = load_dataset(path, images)
+    dataset = load_dataset(path, images, None if tuple(classes) == ("person",) else classes)
     if dataset.problems:
-        say(
-            f"{path}: {len(dataset.problems)} images or boxes were dropped or cut, first {dataset.problems[0]}"
-        )
+        first = dataset.problems[0]
+        say(f"{path}: {len(dataset.problems)} images or boxes were dropped or cut, first {first}")
     return dataset
 
 
+def _load_train(config: BuildConfig) -> Dataset:
+    return load_labels(config.train or EXAMPLE / "vtest_train.json", config.train_images, config.class_names)
+
+
 def _load_val(config: BuildConfig) -> Dataset:
-    return _load(config.val or EXAMPLE / "vtest_test.json", config.val_images)
+    return load_labels(config.val or EXAMPLE / "vtest_test.json", config.val_images, config.class_names)
 
 
 def _val(record: RunRecord) -> Dataset:
@@ -229,15 +352,19 @@ def _chosen(run: RunFolder, step: int | None) -> list[int]:
     return [step]
 
 
-def _prune(run: RunFolder, config: BuildConfig, data: Data) -> Iterator[PrunedDetector]:
-    """All steps in order: those in the run folder, then the missing ones, each saved before it goes on."""
-    raise NotImplementedError
+def training_device(chosen: str) -> str:
+    """The device that --train-device stands for.
 
-
-def _training_device(config: BuildConfig) -> str:
-    if config.train_device == "cuda" and not torch.cuda.is_available():
+    Raises:
+        RunError: If it is not there.
+    """
+    if chosen == "cuda" and not torch.cuda.is_available():
         raise RunError("--train-device cuda: PyTorch finds no CUDA GPU here; auto or cpu trains on the CPU")
-    return "cuda" if config.train_device != "cpu" and torch.cuda.is_available() else "cpu"
+    return "cuda" if chosen != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _protocol(pruned: PrunedDetector) -> Detector:
+    return cast(Detector, pruned.detector)
 
 
 def _exported(run: RunFolder, config: BuildConfig, pruned: PrunedDetector, val: Dataset) -> ExportedModel:
@@ -256,31 +383,54 @@ def _exported(run: RunFolder, config: BuildConfig, pruned: PrunedDetector, val: 
             and came_from.items() <= proof.items()
         ):
             return model
-    return _export(run, config, pruned, val)
+    return _export(run, config, pruned, val).model
 
 
-def _export(run: RunFolder, config: BuildConfig, pruned: PrunedDetector, val: Dataset) -> ExportedModel:
-    """Export a step and prove on validation images that the model is the network."""
+def _export(
+    run: RunFolder,
+    config: BuildConfig,
+    pruned: PrunedDetector,
+    val: Dataset,
+    variant: ExportVariant = OWN,
+) -> TargetExport:
+    """Export a step, prove on validation images that it is the network, check that the target reads it.
+
+    The run's own model is model.onnx with export.json and parity.json; another variant has one record, of its
+    own name.
+    """
     iteration = pruned.steps[-1].iteration
     folder = run.step(iteration)
     weights_sha256 = sha256_of(folder / "weights.safetensors")
+    stem = variant.stem(config.target, config.precision)
+    precision = cast(Precision, variant.precision or config.precision)
+    int8 = None
+    if precision == "int8":
+        calibrate, select = _load_train(config).hold_out(SELECT_SHARE, config.seed)
+        int8 = Int8Options(calibrate, select, variant.int8_calibration, variant.int8_ap_drop)
     say(f"iteration {iteration}: exporting and checking against PyTorch")
-    model = export_onnx(
-        pruned.detector,
+    found = export_for_target(
+        _protocol(pruned),
         pruned.network,
-        folder / "model.onnx",
-        opset=load_target(config.target).max_opset,
+        folder / f"{stem}.onnx",
+        load_target(variant.target) if variant.target else run_target(run.path, config.target),
+        precision=precision,
+        parity=val,
         metadata={
             "detector": pruned.spec.name,
             "iteration": str(iteration),
             "weights_sha256": weights_sha256,
         },
+        batch=Batch.parse(variant.batch),
+        input=variant.input,
+        int8=int8,
     )
-    write_json(folder / "export.json", model.to_json())
-    parity = check_parity(pruned.detector, pruned.network, model.path, val)
-    proof = {"weights_sha256": weights_sha256, "model_sha256": model.sha256, "parity": asdict(parity)}
-    write_json(folder / "parity.json", proof)
-    return model
+    if stem != "model":
+        write_json(folder / f"{stem}.json", {"weights_sha256": weights_sha256, **found.to_json()})
+        return found
+    write_json(folder / "export.json", found.model.to_json())
+    proof = {"weights_sha256": weights_sha256, "model_sha256": found.model.sha256}
+    write_json(folder / "parity.json", {**proof, **found.to_json()})
+    return found
 
 
 def _model(run: RunFolder, iteration: int) -> ExportedModel:
@@ -290,26 +440,19 @@ def _model(run: RunFolder, iteration: int) -> ExportedModel:
     return ExportedModel.from_json(read_json(folder / "export.json"), folder)
 
 
-def _session(target: Target, events: DeviceProgress | None = None) -> Session:
-    if target.name != "host":
-        raise RunError(f"no way to a {target.name} yet: this version measures on --target host alone")
-    return local_session(target, progress=events)
+def _built(device: RunDevice, config: BuildConfig, model: ExportedModel) -> Engine:
+    return device.build(model.path, config.precision, f"{model.path.parent.name}: building the engine")
 
 
-def _built(config: BuildConfig, model: ExportedModel) -> Engine:
-    """The model's engine on the device, which keeps engines by what they were built from."""
-    with device_progress(f"{model.path.parent.name}: building the engine") as events:
-        return _session(load_target(config.target), events).build(model.path, config.precision)
+def _preprocessing(run: RunFolder) -> Preprocessing:
+    return _protocol(load_step(run.step(0))).preprocessing
 
 
-def _measure(run: RunFolder, config: BuildConfig, val: Dataset) -> None:
-    """Measure all steps together, and replace what was measured before."""
-    engines = [_built(config, _model(run, iteration)) for iteration in _chosen(run, None)]
-    preprocessing = load_step(run.step(0)).detector.preprocessing
-    with device_progress(f"measuring {len(engines)} engines") as events:
-        session = _session(load_target(config.target), events)
+def _measure(run: RunFolder, session: Session, engines: Sequence[Engine], val: Dataset) -> None:
+    """Measure the engines of all steps together, and replace what was measured before."""
+    with device_progress(f"measuring {len(engines)} engines") as session.progress:
         results = benchmark_engines(
-            session, engines, val, image_files(val, run.path / "frames"), preprocessing
+            session, engines, val, image_files(val, run.path / "frames"), _preprocessing(run)
         )
     # Results of two devices in one run would be no comparison, so the old ones go first.
     paths = [run.step(iteration) / "benchmark.json" for iteration in range(len(results))]

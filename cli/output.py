@@ -19,27 +19,27 @@ _WIDTH_OF_A_FILE = 200  # characters: where no terminal sets the width, tables n
 def print_report(report: Report, files: Sequence[Path] = (), *, as_json: bool) -> None:
     """The report's table and headline, and where its files lie; as JSON the content of report.json."""
     if as_json:
-        _print_json(report_json(report))
+        print_json(report_json(report))
         return
-    console = _console()
+    out = console()
     device = report.device.line if report.device else "no device: prune alone has run"
-    console.print(render_table(row_figures(report), caption=device))
-    console.print(headline(report).text, markup=False)
+    out.print(render_table(row_figures(report), caption=device))
+    out.print(headline(report).text, markup=False)
     for file in files:
-        console.print(str(file), markup=False, soft_wrap=True)
+        out.print(str(file), markup=False, soft_wrap=True)
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
     """Rows that share their names, which bear the units."""
     if as_json:
-        _print_json(list(rows))
+        print_json(list(rows))
         return
     table = Table()
     for name in rows[0]:
         table.add_column(name.replace("_", " "), justify="right", overflow="fold")
     for row in rows:
         table.add_row(*map(_cell, row.values()))
-    _console().print(table)
+    console().print(table)
 
 
 def _cell(value: Any) -> str:
@@ -48,10 +48,12 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
+    """For a program: indented, and an error where a number is not finite."""
     print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def _console() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_WIDTH_OF_A_FILE)
+def console() -> Console:
+    """Standard output; wide where it is no terminal."""
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=_WIDTH_OF_A_FILE)

@@ -15,6 +15,8 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from edgeprune.cli.config import BuildConfig
 from edgeprune.data.errors import EdgePruneError
 from edgeprune.data.files import read_json, write_json
@@ -40,7 +42,8 @@ class RunRecord:
     @classmethod
     def of(cls, config: BuildConfig, hashes: Mapping[str, str | None]) -> "RunRecord":
         versions = {name: version(name) for name in _PACKAGES}
-        return cls(config, hashes, {"python": platform.python_version()} | versions)
+        threads = str(torch.get_num_threads())  # sums depend on how they are split over threads
+        return cls(config, hashes, {"python": platform.python_version(), "threads": threads} | versions)
 
     def to_json(self) -> dict[str, Any]:
         return {

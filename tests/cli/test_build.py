@@ -14,6 +14,7 @@ from typing import Any
 import onnx
 import pytest
 import safetensors.numpy
+import torch
 from tiny_detector import SIDE, write_data, write_weights
 from typer.testing import CliRunner, Result
 
@@ -34,12 +35,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache folder of these tests' own: the device's work folder lies in it."""
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache folder of these tests' own (the device works there), and one thread here as in the programs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
+    torch.set_num_threads(threads)
 
 
 def options(inputs: Path, run: Path, **changes: Any) -> list[str]:
@@ -191,11 +195,9 @@ def cut(name: str) -> Callable[[Path], None]:
         remove("report.json"),
         remove("step-02/benchmark.json"),
         remove("step-01/export.json"),
-        remove("step-01/parity.json"),
         remove("step-01/model.onnx"),
         cut("step-01/model.onnx"),
         remove("step-02/detector.json"),
-        lambda run: shutil.rmtree(run / "step-02"),
         lambda run: [shutil.rmtree(run / name) for name in ("step-01", "step-02")],
     ],
 )
@@ -260,7 +262,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(finished: Path, inputs: Path, tmp_path
     wait_for(KILL_POINTS["fine-tuning"], run, process)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, said
     assert "Traceback" not in said
     assert "--resume" in said.splitlines()[-1]
     succeed("build", *options(inputs, run), "--resume")
@@ -318,6 +320,13 @@ def test_a_folder_with_other_things_is_left_alone(inputs: Path, tmp_path: Path) 
 def test_an_unknown_target_lists_the_known(inputs: Path, tmp_path: Path) -> None:
     """A target that is not known is refused with those that are, before anything is written."""
     assert "host" in fails("build", *options(inputs, tmp_path / "run", target="toaster"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_criterion_lists_the_known(inputs: Path, tmp_path: Path) -> None:
+    """A criterion that is not known is refused with those that are, before anything is written."""
+    said = fails("build", *options(inputs, tmp_path / "run", criterion="guess"))
+    assert all(name in said for name in ("taylor", "magnitude", "random"))
     assert not (tmp_path / "run").exists()
 
 

@@ -1,5 +1,6 @@
 """The command surface: help for everything, an instant start, errors a person can read."""
 
+import errno
 import json
 import os
 import resource
@@ -43,13 +44,16 @@ def test_build_and_prune_take_the_same_options() -> None:
     assert described[0] == described[1]
 
 
-def test_criteria_are_those_of_pruning() -> None:
-    """--criterion offers exactly what pruning knows."""
-    from edgeprune.pruning.importance import CRITERIA
+def test_defaults_are_those_of_the_library() -> None:
+    """What an option left out means is decided once: in the options of pruning and of fine-tuning."""
+    from edgeprune.detectors.training import FineTuneOptions
+    from edgeprune.pruning.schedule import PruningOptions
 
-    (criterion,) = [parameter for parameter in COMMANDS["build"].params if parameter.name == "criterion"]
-    offered = criterion.type_descriptor.choices
-    assert sorted(offered) == sorted(CRITERIA)
+    defaults = {parameter.name: parameter.default for parameter in COMMANDS["build"].params}
+    pruning, tuning = PruningOptions(), FineTuneOptions()
+    for name in ("iterations", "remove", "criterion", "per", "seed"):
+        assert defaults[name] == getattr(pruning, name), name
+    assert (defaults["finetune_epochs"], defaults["learning_rate"]) == (tuning.epochs, tuning.learning_rate)
 
 
 def test_help_is_instant() -> None:
@@ -97,6 +101,7 @@ def raising(error: BaseException) -> Callable[[], None]:
     ("error", "exit_code", "words"),
     [
         (EdgePruneError("x.json is missing:\n  give --train"), 1, "Error: x.json is missing: give --train"),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/a"), 1, "runs/a: No space left"),
         (MemoryError(), 1, "out of memory"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "--train-device cpu"),
         (KeyboardInterrupt(), 130, "Interrupted"),
@@ -122,7 +127,7 @@ def test_a_bug_keeps_its_traceback() -> None:
     "arguments",
     [
         ["build"],
-        ["build", "--target", "host", "--criterion", "guess"],
+        ["build", "--target", "host", "--per", "guess"],
         ["build", "--target", "host", "--remove", "1.5"],
         ["build", "--target", "host", "--train", "train.json"],
         ["build", "--target", "host", "--train-images", "images"],

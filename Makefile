@@ -24,7 +24,7 @@ demo: install
 
 # One thread a worker: two processes that each start a thread per core slow each other down.
 test: lint system
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) </dev/null
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m 'not slow' </dev/null
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """`adapt`: from a detector of many classes to the ones asked for, fine-tuned on images of one's own."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -17,6 +17,9 @@ from edgeprune.cli.run_options import (
     ValImages,
     Weights,
 )
+
+if TYPE_CHECKING:
+    from edgeprune.detectors.protocol import Detector as DetectorProtocol
 
 
 @app.command("adapt")
@@ -55,9 +58,11 @@ def _adapt(
     ] = [],  # noqa: B006 - typer reads it, nothing writes it
     unfreeze_epoch: Annotated[
         int | None,
-        typer.Option(min=2, help="First epoch that trains what is frozen. Default: none.", show_default=False),
+        typer.Option(
+            min=2, help="First epoch that trains what is frozen. Default: none.", show_default=False
+        ),
     ] = None,
-    learning_rate: LearningRate = 1e-2,
+    learning_rate: LearningRate = 1e-3,
     train_device: TrainDevice = "auto",
     seed: Seed = 0,
     resume: Resume = False,
@@ -98,7 +103,7 @@ def _adapt(
         before = None
         if reported is not None:
             with progress("AP before, on the validation images") as update:
-                before = asdict(evaluate(loaded, loaded, reported, progress=update))
+                before = asdict(evaluate(cast("DetectorProtocol", loaded), loaded, reported, progress=update))
         try:
             record = adapt_in(folder, request, device)
         except KeyboardInterrupt:
@@ -109,7 +114,9 @@ def _adapt(
                 record = {
                     **record,
                     "val_before": before,
-                    "val_after": asdict(evaluate(kept, kept, reported, progress=update)),
+                    "val_after": asdict(
+                        evaluate(cast("DetectorProtocol", kept), kept, reported, progress=update)
+                    ),
                 }
     if json:
         print_json({**record, "weights": str(folder / WEIGHTS)})
@@ -123,5 +130,9 @@ def _adapt(
         "held out"
     )
     if reported is not None:
-        typer.echo(f"validation: AP {record['val_before']['ap']:.3f} before, {record['val_after']['ap']:.3f} after")
-    typer.echo(f"edgeprune build --detector {detector} --weights {folder / WEIGHTS} --classes {classes} prunes it")
+        typer.echo(
+            f"validation: AP {record['val_before']['ap']:.3f} before, {record['val_after']['ap']:.3f} after"
+        )
+    typer.echo(
+        f"edgeprune build --detector {detector} --weights {folder / WEIGHTS} --classes {classes} prunes it"
+    )

@@ -107,7 +107,9 @@ def adaptation_folder(path: Path, *, resume: bool) -> RunFolder:
     """
     begun = (path / RECORD).is_file()
     if begun and not resume:
-        raise RunError(f"{path} holds an adaptation already: --resume goes on with it, another --out starts anew")
+        raise RunError(
+            f"{path} holds an adaptation already: --resume goes on with it, another --out starts anew"
+        )
     if not begun and path.is_dir():
         others = [entry.name for entry in path.iterdir() if not entry.name.startswith(".")]
         if others:
@@ -131,9 +133,7 @@ def _begun(folder: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _line(epoch: EpochRecord) -> str:
-    return (
-        f"epoch {epoch.epoch}: loss {epoch.loss:.3f}, AP {epoch.ap:.3f}, of the averaged weights {epoch.ema_ap:.3f}"
-    )
+    return f"epoch {epoch.epoch}: loss {epoch.loss:.3f}, AP {epoch.ap:.3f}, of the averaged weights {epoch.ema_ap:.3f}"
 
 
 def _result(result: AdaptResult, weights_sha256: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from edgeprune.detectors.protocol import Detector
 from edgeprune.detectors.registry import DETECTORS, build_detector
 from edgeprune.export.check import check_model
 from edgeprune.export.model import Batch, ExportedModel, export_onnx
+from edgeprune.export.operators import table_for
 from edgeprune.pruning.graph import trace
 from edgeprune.pruning.groups import find_groups
 from edgeprune.pruning.surgery import remove
@@ -48,13 +49,20 @@ The newest table that is not newer than the target's TensorRT decides: {tables}.
 
 def table() -> str:
     """The document."""
-    used: dict[str, str] = {}
-    parts = []
+    versions = dict.fromkeys(str(target.tensorrt) for target in _targets())
+    used = {version: table_for(version) for version in versions}
+    tables = "; ".join(
+        f"for {version} that of {found.tensorrt}{'' if found.verified else ' (not verified)'}"
+        for version, found in used.items()
+    )
+    return HEAD.format(tables=tables) + "".join(section(name) for name in sorted(DETECTORS))
+
+
+def section(name: str) -> str:
+    """What the document says of one detector."""
     with tempfile.TemporaryDirectory() as folder:
-        for name in sorted(DETECTORS):
-            parts += ["", f"## {name}, {INPUT_SIZE[0]}x{INPUT_SIZE[1]}", "", *_rows(name, Path(folder), used)]
-    tables = "; ".join(f"for {version} that of {table}" for version, table in used.items())
-    return HEAD.format(tables=tables) + "\n".join(parts) + "\n"
+        rows = list(_rows(name, Path(folder)))
+    return "\n".join(["", f"## {name}, {INPUT_SIZE[0]}x{INPUT_SIZE[1]}", "", *rows, ""])
 
 
 def _targets() -> Iterator[Target]:
@@ -72,7 +80,7 @@ def _networks(name: str) -> Iterator[tuple[str, Detector, nn.Module]]:
     yield "pruned", detector, remove(groups, units)
 
 
-def _rows(name: str, folder: Path, used: dict[str, str]) -> Iterator[str]:
+def _rows(name: str, folder: Path) -> Iterator[str]:
     files: dict[tuple[str, str, int], ExportedModel] = {}
     opsets = sorted({target.max_opset for target in _targets()})
     for network_name, detector, network in _networks(name):
@@ -101,7 +109,6 @@ def _rows(name: str, folder: Path, used: dict[str, str]) -> Iterator[str]:
                 path = files[network_name, kind, target.max_opset].path
                 if (path, tensorrt) not in answers:
                     report = check_model(path, tensorrt)
-                    used[tensorrt] = report.table + ("" if report.verified else " (not verified)")
                     first = next((v.reason for v in report.violations), None)
                     answers[path, tensorrt] = "yes" if first is None else f"no: {first}"
                 cells.append(answers[path, tensorrt])

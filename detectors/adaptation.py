@@ -1,6 +1,7 @@
 """Adapting a detector whose head was cut to some of its classes: fine-tuning on labels, at first with frozen layers."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,7 +26,7 @@ class AdaptOptions:
 
     epochs: int = 20
     """Passes over the training images; 0 keeps the rows and trains nothing."""
-    learning_rate: float = 1e-2
+    learning_rate: float = 1e-3
     freeze: tuple[str, ...] = ()
     """Parameters and layers, by name or glob pattern, that stay as they are."""
     unfreeze_epoch: int | None = None
@@ -58,7 +59,7 @@ def adapt(
     *,
     seed: int,
     folder: Path,
-    progress: Callable[[str], Any],
+    progress: Callable[[str], AbstractContextManager[Progress]],
     on_epoch: Callable[[EpochRecord], None] | None = None,
     device: str | torch.device = "cpu",
 ) -> AdaptResult:

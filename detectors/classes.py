@@ -1,10 +1,10 @@
 """Names of the classes of well-known data sets, and keeping some of a detector's classes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from edgeprune.detectors.protocol import DetectorError
 from edgeprune.detectors.weights import COCO_CLASSES, WeightsError
@@ -17,20 +17,7 @@ VOC_CLASSES = (
 # fmt: on
 
 
-class _Adaptable(Protocol):
-    """A detector of this package: what it takes to build another of other classes, and to carry weights over."""
-
-    classes: tuple[str, ...]
-    input_size: tuple[int, int]
-    variant: Mapping[str, Any]
-
-    def class_rows(self, kept: Sequence[int]) -> Mapping[str, Sequence[int]]:
-        """Tensor of the state dict -> which rows of its first axis belong to the classes `kept`, or to all."""
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-
-T = TypeVar("T", bound=_Adaptable)
+T = TypeVar("T", bound=nn.Module)
 
 
 def names_of(count: int, asked: Sequence[str], path: Path) -> tuple[str, ...]:
@@ -52,27 +39,26 @@ def keep_classes(detector: T, classes: Sequence[str], path: Path) -> T:
     """Build the same detector for some of its classes, with their rows of its head and the rest of its weights.
 
     Args:
+        detector: a `Detector` of this package; its method `class_rows` says which rows of which tensors belong to
+            some classes, and to all.
         path: of the weights, for messages.
 
     Raises:
         WeightsError: If the detector does not know a class.
     """
-    if tuple(classes) == detector.classes:
+    whole: Any = detector
+    if tuple(classes) == whole.classes:
         return detector
-    unknown = [name for name in classes if name not in detector.classes]
+    unknown = [name for name in classes if name not in whole.classes]
     if unknown:
-        known = ", ".join(detector.classes[:5]) + (", ..." if len(detector.classes) > 5 else "")
+        known = ", ".join(whole.classes[:5]) + (", ..." if len(whole.classes) > 5 else "")
         raise WeightsError(
-            f"{path} knows {len(detector.classes)} classes ({known}); {unknown[0]!r} is none of them"
+            f"{path} knows {len(whole.classes)} classes ({known}); {unknown[0]!r} is none of them"
         )
-    rows = detector.class_rows([detector.classes.index(name) for name in classes])
-    kept = type(detector)(detector.input_size, tuple(classes), **detector.variant)  # type: ignore[call-arg]
-    assert isinstance(kept, nn.Module)
+    rows = whole.class_rows([whole.classes.index(name) for name in classes])
+    kept: T = type(whole)(whole.input_size, tuple(classes), **whole.variant)
     kept.load_state_dict(
-        {
-            name: tensor[list(rows[name])] if name in rows else tensor
-            for name, tensor in detector.state_dict().items()
-        }
+        {name: tensor[rows[name]] if name in rows else tensor for name, tensor in whole.state_dict().items()}
     )
     return kept
 

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from edgeprune.detectors.classes import check_classes, keep_classes, names_of
 from edgeprune.detectors.protocol import DetectorError, Targets
 from edgeprune.detectors.weights import WeightsError
 
+T = TypeVar("T")
 BORDERS = ("replicate", "reflect", "zeros")
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -71,7 +72,7 @@ class Section:
     def problem(self, what: str) -> DetectorError:
         return DetectorError(f"cfg, [{self.kind}] in line {self.line}: {what}")
 
-    def _read(self, key: str, parse: Callable[[str], Any], default: Any) -> Any:
+    def _read(self, key: str, parse: Callable[[str], T], default: T) -> T:
         if key not in self.options:
             return default
         try:
@@ -116,7 +117,9 @@ class Convolution(nn.Module):
         dilation = section.integer("dilation", 1)
         padding = size // 2 * dilation if section.integer("pad", 0) else section.integer("padding", 0)
         if min(size, groups, filters, *stride, dilation) < 1 or padding < 0:
-            raise section.problem("filters, size, stride, groups and dilation are 1 or more, padding is not negative")
+            raise section.problem(
+                "filters, size, stride, groups and dilation are 1 or more, padding is not negative"
+            )
         if inputs % groups or filters % groups:
             raise section.problem(f"{inputs} channels to {filters} filters do not split into {groups} groups")
         normed = bool(section.integer("batch_normalize", 0))
@@ -125,6 +128,15 @@ class Convolution(nn.Module):
         )
         self.norm = nn.BatchNorm2d(filters) if normed else None
         self.activation = _activation(section, "logistic")
+        self.stride, self.reach, self.padding = stride, dilation * (size - 1) + 1, padding
+
+    def output(self, height: int, width: int) -> tuple[int, int]:
+        """Size of what it makes of an image."""
+        rows, columns = (
+            (side + 2 * self.padding - self.reach) // stride + 1
+            for side, stride in zip((height, width), self.stride, strict=True)
+        )
+        return rows, columns
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
@@ -241,7 +253,12 @@ class Darknet(nn.Module):
     preprocessing = Preprocessing("rgb", (0.0, 0.0, 0.0), (255.0, 255.0, 255.0), 127, "letterbox")
 
     def __init__(
-        self, input_size: tuple[int, int], classes: Sequence[str] = ("person",), *, cfg: str, border: str = BORDERS[0]
+        self,
+        input_size: tuple[int, int],
+        classes: Sequence[str] = ("person",),
+        *,
+        cfg: str,
+        border: str = BORDERS[0],
     ) -> None:
         super().__init__()
         if border not in BORDERS:
@@ -320,7 +337,9 @@ class _Builder:
             if refused:
                 raise section.problem(f"{refused[0]} is not supported")
             if section.kind not in _LAYERS:
-                raise section.problem(f"a layer of this kind is not supported; known: {', '.join(sorted(_LAYERS))}")
+                raise section.problem(
+                    f"a layer of this kind is not supported; known: {', '.join(sorted(_LAYERS))}"
+                )
             layer, sources, shape = _LAYERS[section.kind](self, section, index)
             if min(shape) < 1:
                 raise section.problem(f"nothing is left of an input of {input_size[0]}x{input_size[1]}")
@@ -334,14 +353,7 @@ class _Builder:
         if index + 1 < len(self.sections) and self.sections[index + 1].kind in ("region", "yolo"):
             filters = self.head_filters(self.sections[index + 1], section, filters)
         layer = Convolution(section, inputs, filters)
-        conv = layer.conv
-        height, width = (
-            (side + 2 * padding - dilation * (size - 1) - 1) // stride + 1
-            for side, padding, dilation, size, stride in zip(
-                (height, width), conv.padding, conv.dilation, conv.kernel_size, conv.stride, strict=True
-            )
-        )
-        return layer, (index - 1,), (filters, height, width)
+        return layer, (index - 1,), (filters, *layer.output(height, width))
 
     def head_filters(self, head: Section, section: Section, filters: int) -> int:
         """Of the convolution before a detection layer: as many as its anchors and our classes need."""
@@ -475,8 +487,13 @@ def _anchors_of(section: Section) -> tuple[list[int], tuple[tuple[float, float],
     pairs = tuple(zip(values[::2], values[1::2], strict=False))
     mask = section.integers("mask") or list(range(section.integer("num", 1)))
     if len(values) % 2 or any(not 0 <= index < len(pairs) for index in mask) or min(values, default=0) <= 0:
-        raise section.problem(f"anchors={section.options.get('anchors', '')} does not have the anchors {mask}")
+        raise section.problem(
+            f"anchors={section.options.get('anchors', '')} does not have the anchors {mask}"
+        )
     return mask, tuple(pairs[index] for index in mask)
+
+
+D = TypeVar("D", bound=Darknet)
 
 
 def cfg_classes(cfg: str) -> int:
@@ -522,7 +539,7 @@ def load_darknet(cfg: str, path: Path, input_size: tuple[int, int], classes: Seq
     return keep_competing(detector, classes, path)
 
 
-def keep_competing(detector: Any, classes: Sequence[str], path: Path) -> Any:
+def keep_competing(detector: D, classes: Sequence[str], path: Path) -> D:
     """`keep_classes`, noting where the scores of the classes left are no longer those that were trained."""
     kept = keep_classes(detector, classes, path)
     kept.untrained = kept is not detector and kept.classes_compete

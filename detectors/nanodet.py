@@ -144,7 +144,9 @@ class NanoDetG(nn.Module):
         """Tensor of the state dict -> rows of the classes `kept` and of the box (see `classes.keep_classes`)."""
         rows = [*kept, *range(len(self.classes), len(self.classes) + 4 * BINS)]
         return {
-            f"heads.{level}.output.{name}": rows for level in range(len(STRIDES)) for name in ("weight", "bias")
+            f"heads.{level}.output.{name}": rows
+            for level in range(len(STRIDES))
+            for name in ("weight", "bias")
         }
 
     def _split(self, raw: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

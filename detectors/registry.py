@@ -137,7 +137,7 @@ def _description(path: Path) -> dict[str, Any] | None:
 
 def _load_saved(
     path: Path, saved: Mapping[str, Any], name: str, input_size: tuple[int, int], classes: Sequence[str]
-) -> Any:
+) -> nn.Module:
     try:
         if saved["detector"] != name:
             raise WeightsError(f"{path} holds the weights of {saved['detector']}, not of {name}")
@@ -151,7 +151,7 @@ def _load_saved(
         return detector
     if not hasattr(detector, "class_rows"):
         raise WeightsError(f"{path} is for the classes {', '.join(saved['classes'])}: ask for these")
-    return keep_classes(detector, classes, path)  # type: ignore[type-var]
+    return keep_classes(detector, classes, path)
 
 
 def _registered(name: str) -> Registered:

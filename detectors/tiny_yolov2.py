@@ -106,13 +106,10 @@ def load_tiny_yolov2(
         detector = _from_darknet(path, input_size, classes, border or "replicate")
     else:
         detector = _from_checkpoint(path, input_size, classes, border or "reflect")
-    kept: TinyYoloV2 = keep_competing(detector, classes, path)
-    return kept
+    return keep_competing(detector, classes, path)
 
 
-def _from_darknet(
-    path: Path, input_size: tuple[int, int], classes: Sequence[str], border: str
-) -> TinyYoloV2:
+def _from_darknet(path: Path, input_size: tuple[int, int], classes: Sequence[str], border: str) -> TinyYoloV2:
     held = len(darknet_values(path))
     for channels, anchors in ((VOC_CHANNELS, VOC_ANCHORS), (COCO_CHANNELS, COCO_ANCHORS)):
         body = sum(9 * a * b + 4 * b for a, b in zip((3, *channels), channels, strict=False))

@@ -99,7 +99,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         if isinstance(loaded, dict) and isinstance(loaded.get(nest), dict):
             loaded = loaded[nest]
     # Beside its tensors a state dict may hold numbers and texts: an epoch, a configuration.
-    state = {name: value for name, value in loaded.items() if isinstance(value, Tensor)} if isinstance(loaded, dict) else {}
+    state = (
+        {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+        if isinstance(loaded, dict)
+        else {}
+    )
     if not state:
         raise WeightsError(f"{path} holds no state dict (names and tensors)")
     return state

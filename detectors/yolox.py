@@ -105,7 +105,9 @@ class PyramidPooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
-        output: Tensor = self.conv2(torch.cat((x, *(functional.max_pool2d(x, n, 1, n // 2) for n in POOLS)), 1))
+        output: Tensor = self.conv2(
+            torch.cat((x, *(functional.max_pool2d(x, n, 1, n // 2) for n in POOLS)), 1)
+        )
         return output
 
 
@@ -177,7 +179,7 @@ class Head(nn.Module):
         self.reg_preds = nn.ModuleList(nn.Conv2d(channels, 4, 1) for _ in STRIDES)
         self.obj_preds = nn.ModuleList(nn.Conv2d(channels, 1, 1) for _ in STRIDES)
         for prediction in (*self.cls_preds, *self.obj_preds):
-            nn.init.constant_(prediction.bias, -math.log(1 / PRIOR - 1))  # type: ignore[arg-type]
+            nn.init.constant_(prediction.bias, -math.log(1 / PRIOR - 1))
 
     def forward(self, levels: Sequence[Tensor]) -> tuple[Tensor, ...]:
         outputs = []
@@ -211,7 +213,12 @@ class YoloX(nn.Module):
     strides: Tensor  # (M,)
 
     def __init__(
-        self, input_size: tuple[int, int], classes: Sequence[str] = ("person",), *, width: int, depthwise: bool = False
+        self,
+        input_size: tuple[int, int],
+        classes: Sequence[str] = ("person",),
+        *,
+        width: int,
+        depthwise: bool = False,
     ) -> None:
         super().__init__()
         if any(side <= 0 or side % STRIDES[-1] for side in input_size):
@@ -229,7 +236,9 @@ class YoloX(nn.Module):
         ]
         cells = torch.tensor([grid.shape[1] for grid in grids])
         self.register_buffer("points", torch.cat(grids, 1).float(), persistent=False)
-        self.register_buffer("strides", torch.tensor(STRIDES).repeat_interleave(cells).float(), persistent=False)
+        self.register_buffer(
+            "strides", torch.tensor(STRIDES).repeat_interleave(cells).float(), persistent=False
+        )
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...] = self.head(self.backbone(images))

@@ -1,6 +1,6 @@
 """A detector of one's own, small enough to read: four convolutions, and one level of cells that predict.
 
-    edgeprune build --target host --detector docs/own_detector.py:small_detector --train ... --val ...
+edgeprune build --target host --detector docs/own_detector.py:small_detector --train ... --val ...
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,11 @@ class SmallDetector(nn.Module):
         self.input_size, self.classes = input_size, tuple(classes)
         layers: list[nn.Module] = []
         for inputs, outputs, stride in ((3, 16, 2), (16, 32, 2), (32, 64, 2), (64, 64, 1)):
-            layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+            layers += [
+                nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+                nn.BatchNorm2d(outputs),
+                nn.ReLU(),
+            ]
         self.body = nn.Sequential(*layers)
         self.head = nn.Conv2d(64, 5, 1)  # object, then the logarithms of four distances in cells
         rows, columns = (torch.arange(side // STRIDE) + 0.5 for side in input_size)

@@ -1,4 +1,4 @@
-"""The Darknet reader: every layer kind against plain loops, weight files by round trip, the whole way for whole nets."""
+"""The Darknet reader: layers against plain loops, weight files by round trip, whole networks the whole way."""
 
 import struct
 from pathlib import Path
@@ -230,9 +230,9 @@ def write_weights(path: Path, detector: Darknet, version: tuple[int, int, int] =
         names = ["norm.bias", "norm.weight", "norm.running_mean", "norm.running_var"]
         if f"layers.{index}.conv.bias" in state:
             names = ["conv.bias"]
-        for name in [*names, "conv.weight"]:
-            if f"layers.{index}.conv.weight" in state:
-                parts.append(state[f"layers.{index}.{name}"].numpy().astype("<f4").tobytes())
+        if f"layers.{index}.conv.weight" in state:
+            tensors = [state[f"layers.{index}.{name}"] for name in [*names, "conv.weight"]]
+            parts += [tensor.numpy().astype("<f4").tobytes() for tensor in tensors]
     path.write_bytes(b"".join(parts))
 
 

@@ -101,7 +101,9 @@ VARIANTS: dict[str, Callable[[State], object]] = {
     "extra keys": lambda state: {**state, "epoch": 3, "seen": torch.tensor(5)},
     "fused": fused,
     "nested and fused": lambda state: {"sd": fused(state), "cfg": list(NARROW)},
-    "half": lambda state: {k: v.half() if "." in k and v.is_floating_point() else v for k, v in state.items()},
+    "half": lambda state: {
+        k: v.half() if "." in k and v.is_floating_point() else v for k, v in state.items()
+    },
     "no counters": lambda state: {k: v for k, v in state.items() if "tracked" not in k},
     "no anchors": lambda state: {k: v for k, v in state.items() if k != "anchors"},
 }
@@ -142,19 +144,24 @@ def test_person_keeps_its_rows(tmp_path: Path) -> None:
     assert detector.untrained, "softmax over 20 classes is gone: build has to fine-tune"
 
 
-@pytest.mark.parametrize(("border", "theirs"), [("reflect", "reflect"), ("replicate", "replicate"), ("zeros", "constant")])
+@pytest.mark.parametrize(
+    ("border", "theirs"), [("reflect", "reflect"), ("replicate", "replicate"), ("zeros", "constant")]
+)
 def test_borders(border: str, theirs: str, tmp_path: Path) -> None:
     """The border that a checkpoint was trained with is named by the detector, and kept in its variant."""
     state = checkpoint()
     torch.save(state, tmp_path / "w.pt")
     detector = load_detector(f"tiny-yolov2-{border}", tmp_path / "w.pt", (64, 64), VOC_CLASSES).eval()
     images = torch.rand(1, 3, 64, 64)
-    torch.testing.assert_close(detector(images)[0], their_forward(state, images, theirs), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        detector(images)[0], their_forward(state, images, theirs), atol=1e-4, rtol=1e-4
+    )
     assert detector.variant["border"] == border
 
 
 @pytest.mark.parametrize(
-    ("channels", "classes"), [((16, 32, 64, 128, 256, 512, 1024, 1024), VOC_CLASSES), (COCO_CHANNELS, COCO_CLASSES)]
+    ("channels", "classes"),
+    [((16, 32, 64, 128, 256, 512, 1024, 1024), VOC_CLASSES), (COCO_CHANNELS, COCO_CLASSES)],
 )
 def test_darknets_files(channels: tuple[int, ...], classes: tuple[str, ...], tmp_path: Path) -> None:
     """tiny-yolov2-voc and yolov2-tiny (COCO) are told apart by their size, and keep person."""
@@ -209,7 +216,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         with pytest.raises(WeightsError, match=message):
             load_detector("tiny-yolov2", path, (64, 64))
     torch.save(state, path)
-    with pytest.raises(WeightsError, match="20 classes.*'pedestrian' is none of them"):
+    with pytest.raises(WeightsError, match=r"20 classes.*'pedestrian' is none of them"):
         load_detector("tiny-yolov2", path, (64, 64), ("pedestrian",))
     with pytest.raises(DetectorError, match="300x320"):
         load_detector("tiny-yolov2", path, (300, 320))

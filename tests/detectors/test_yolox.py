@@ -92,7 +92,11 @@ def test_checkpoints(classes: tuple[str, ...], nested: bool, tmp_path: Path) -> 
     detector = build_detector("yolox-nano", (64, 64), COCO_CLASSES).eval()
     shake(detector)
     state = detector.state_dict()
-    whole = {"start_epoch": 300, "model": state, "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}}}
+    whole = {
+        "start_epoch": 300,
+        "model": state,
+        "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}},
+    }
     torch.save(whole if nested else state, tmp_path / "w.pth")
     kept = load_detector("yolox-nano", tmp_path / "w.pth", (64, 64), classes).eval()
     rows = [0, 1, 2, 3, 4, *(5 + COCO_CLASSES.index(name) for name in classes)]

@@ -317,6 +317,8 @@ def load_labels(path: Path, images: Path | None, classes: Sequence[str]) -> Data
         how = f'give COCO JSON whose file_name is "{path.name}#000123" for frame 123, counted from 0'
         raise RunError(f"{path} is a video without labels: {how}")
     dataset = load_dataset(path, images, None if tuple(classes) == ("person",) else classes)
+    with progress(f"{path.name}: do its images decode") as update:
+        dataset = dataset.decodable(update)
     if dataset.problems:
         first = dataset.problems[0]
         say(f"{path}: {len(dataset.problems)} images or boxes were dropped or cut, first {first}")

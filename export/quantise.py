@@ -98,15 +98,16 @@ def quantise(
     used = min(images, len(calibrate.samples))
     full = _quantise_all(source, _ranges(exported.path, calibrate, used, METHODS[method]))
 
+    prepared = list(inputs_of(OnnxModel(exported.path), select))
     with tempfile.TemporaryDirectory() as folder:
 
         def measure(float_layers: Collection[str]) -> tuple[float, float]:
             candidate = Path(folder) / "candidate.onnx"
             onnx.save(_restore(full, source, float_layers), candidate)
-            found = evaluate_model(candidate, select)
+            found = evaluate_model(candidate, select, prepared)
             return found.ap, found.ap50
 
-        float_found = evaluate_model(exported.path, select)
+        float_found = evaluate_model(exported.path, select, prepared)
         kept: list[str] = []
         ap, ap50 = measure(kept)
         if float_found.ap - ap > max_ap_drop:

@@ -87,12 +87,18 @@ def inputs_of(
         yield sample.image_id, *model.prepare(dataset.image(index))
 
 
-def evaluate_model(path: Path, dataset: Dataset) -> AveragePrecision:
-    """AP of an ONNX file on the host, with the thresholds of every AP in this project."""
+def evaluate_model(
+    path: Path, dataset: Dataset, prepared: Sequence[tuple[int, Any, Placement]] | None = None
+) -> AveragePrecision:
+    """AP of an ONNX file on the host, with the thresholds of every AP in this project.
+
+    Args:
+        prepared: what `inputs_of` gave for `dataset`, where a model like this one was evaluated before.
+    """
     model = OnnxModel(path)
     found = [
         detections_of(image_id, model.run(images), placement)
-        for image_id, images, placement in inputs_of(model, dataset)
+        for image_id, images, placement in (inputs_of(model, dataset) if prepared is None else prepared)
     ]
     return average_precision(dataset, found)
 

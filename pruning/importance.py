@@ -332,60 +332,68 @@ def by_layer(groups: Groups, scores: Scores) -> Scores:
     return result
 
 
+@dataclass
+class _Seen:
+    """What one reader saw in one pass: sums over positions, ``(N, C)``, or ``(1, C)`` if rows are no examples."""
+
+    reader: Reader
+    by_example: bool
+    activation: Tensor | None = None
+    product: Tensor | None = None  # of activation and gradient
+    gradient: Tensor | None = None
+
+    def forward(self, activation: Tensor) -> None:
+        self.activation = self.by_channel(activation)
+
+    def backward(self, activation: Tensor, gradient: Tensor) -> None:
+        self.product = self.by_channel(activation.float() * gradient.float())
+        self.gradient = self.by_channel(gradient)
+
+    def by_channel(self, tensor: Tensor) -> Tensor:
+        kept = (0, self.reader.dim) if self.by_example else (self.reader.dim,)
+        others = [axis for axis in range(tensor.dim()) if axis not in kept]
+        summed = tensor.float().sum(others) if others else tensor.float()
+        return summed if self.by_example else summed[None]
+
+
 class _Tap(torch.autograd.Function):
-    """Passes a tensor on, and on the way back tells `sink` the tensor and its gradient."""
+    """Passes a tensor on, and on the way back shows it and its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, sink: Callable[[Tensor, Tensor], None]) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, seen: _Seen) -> Tensor:
         ctx.save_for_backward(tensor)
-        ctx.sink = sink
+        # Nothing that leads back to the graph: such a cycle would never be freed.
+        ctx.seen = seen
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        ctx.sink(*ctx.saved_tensors, *gradients)
+        ctx.seen.backward(*ctx.saved_tensors, *gradients)
         return gradients[0], None
 
 
 class _Tapped(fx.Interpreter):
-    """Runs a network with a tap before every reader; what they saw is kept by the reader's index."""
+    """Runs a network with a tap before every reader."""
 
-    def __init__(self, network: Network, readers: Sequence[Reader], by_example: bool) -> None:
+    def __init__(self, network: Network, seen: Sequence[_Seen]) -> None:
         super().__init__(network)
-        self.readers, self.by_example = readers, by_example
-        self.taps: dict[fx.Node, list[int]] = {}
-        for index, reader in enumerate(readers):
-            self.taps.setdefault(reader.node, []).append(index)
-        self.activations: dict[int, Tensor] = {}
-        self.products: dict[int, Tensor] = {}
-        self.gradients: dict[int, Tensor] = {}
+        self.taps: dict[fx.Node, list[_Seen]] = {}
+        for tap in seen:
+            self.taps.setdefault(tap.reader.node, []).append(tap)
 
     def run_node(self, n: fx.Node) -> Any:
         if n not in self.taps:
             return super().run_node(n)
         arguments, keywords = self.fetch_args_kwargs_from_env(n)
         changed = list(arguments)
-        for index in self.taps[n]:
-            position = self.readers[index].position
-            tensor: Tensor = changed[position]
-            self.activations[index] = self.by_channel(index, tensor.detach())
+        for seen in self.taps[n]:
+            tensor: Tensor = changed[seen.reader.position]
+            seen.forward(tensor.detach())
             if not tensor.requires_grad:  # nothing is read before it: gradients stop here
                 tensor = tensor.detach().requires_grad_()
-
-            def sink(activation: Tensor, gradient: Tensor, index: int = index) -> None:
-                self.products[index] = self.by_channel(index, activation.float() * gradient.float())
-                self.gradients[index] = self.by_channel(index, gradient)
-
-            changed[position] = _Tap.apply(tensor, sink)  # type: ignore[no-untyped-call]
+            changed[seen.reader.position] = _Tap.apply(tensor, seen)  # type: ignore[no-untyped-call]
         assert callable(n.target)
         return n.target(*changed, **keywords)
-
-    def by_channel(self, index: int, tensor: Tensor) -> Tensor:
-        """``(N, C)``, or ``(1, C)`` if rows are no examples: summed over all other axes."""
-        kept = (0, self.readers[index].dim) if self.by_example else (self.readers[index].dim,)
-        others = [axis for axis in range(tensor.dim()) if axis not in kept]
-        summed = tensor.float().sum(others) if others else tensor.float()
-        return summed if self.by_example else summed[None]
 
 
 def _read_all(scoring: Scoring) -> tuple[Reading, ...]:
@@ -400,12 +408,14 @@ def _read_all(scoring: Scoring) -> tuple[Reading, ...]:
             step = len(images) if by_example else 1
             for start in range(0, len(images), step or 1):
                 part = slice(start, start + step)
-                tapped = _backward(scoring, readers, images[part], targets[part], by_example)
-                for index, size in enumerate(width):
-                    nothing = torch.zeros(len(images[part]), size)  # where it has no part in the loss
-                    products[index].append(_array(tapped.products.get(index, nothing)))
-                    gradients[index].append(_array(tapped.gradients.get(index, nothing)))
-                    activations[index].append(_array(tapped.activations[index]).sum(0, keepdims=True))
+                passed = [_Seen(reader, by_example) for reader in readers]
+                _pass(scoring, images[part], targets[part], passed)
+                for index, seen in enumerate(passed):
+                    nothing = torch.zeros(len(images[part]), width[index])  # where it has no part in the loss
+                    products[index].append(_array(nothing if seen.product is None else seen.product))
+                    gradients[index].append(_array(nothing if seen.gradient is None else seen.gradient))
+                    assert seen.activation is not None
+                    activations[index].append(_array(seen.activation).sum(0, keepdims=True))
                 examples += len(images[part])
                 if scoring.progress is not None:
                     scoring.progress(examples, 0)
@@ -422,22 +432,19 @@ def _read_all(scoring: Scoring) -> tuple[Reading, ...]:
     return tuple(readings)
 
 
-def _backward(
-    scoring: Scoring, readers: Sequence[Reader], images: Tensor, targets: Sequence[Targets], by_example: bool
-) -> _Tapped:
+def _pass(scoring: Scoring, images: Tensor, targets: Sequence[Targets], passed: Sequence[_Seen]) -> None:
+    """Forward and backward; fills `passed`."""
     network = scoring.groups.network
-    tapped = _Tapped(network, readers, by_example)
-    losses = scoring.detector.loss(tapped.run(images), targets)
-    if not _all_finite([losses, *tapped.activations.values()]):
+    losses = scoring.detector.loss(_Tapped(network, passed).run(images), targets)
+    if not _all_finite([losses, *(seen.activation for seen in passed)]):
         raise _not_finite(network, images)
     if losses.requires_grad:
         torch.autograd.backward(losses.sum())
-    if not _all_finite([*tapped.products.values(), *tapped.gradients.values()]):
-        last = max(index for index, product in tapped.products.items() if not torch.isfinite(product).all())
-        reader = readers[last]
-        name = layer_of(reader.weight) if reader.weight else where(reader.node)
-        raise ImportanceError(f"{name}: the gradient of what it reads is NaN or infinite; check the loss")
-    return tapped
+    for seen in reversed(passed):
+        if not _all_finite([seen.product, seen.gradient]):
+            reader = seen.reader
+            name = layer_of(reader.weight) if reader.weight else where(reader.node)
+            raise ImportanceError(f"{name}: the gradient of what it reads is NaN or infinite; check the loss")
 
 
 def _array(tensor: Tensor) -> npt.NDArray[np.float64]:
@@ -490,8 +497,8 @@ def _not_finite(network: Network, images: Tensor) -> ImportanceError:
     return ImportanceError("the loss of a training image is NaN or infinite; check its boxes")
 
 
-def _all_finite(values: Iterable[Tensor]) -> bool:
-    return all(bool(torch.isfinite(value).all()) for value in values)
+def _all_finite(values: Iterable[Tensor | None]) -> bool:
+    return all(bool(torch.isfinite(value).all()) for value in values if value is not None)
 
 
 def _some(examples: int) -> int:

@@ -175,7 +175,7 @@ def summary(result: dict[str, Any]) -> Iterator[str]:
             if row["criterion"] == criterion and row["budget"] == "params" and row["asked"] == 0.4
         ]
         if len(ends) > 1:
-            yield f"{criterion}: AP50 {statistics.mean(ends):.3f} +- {statistics.stdev(ends):.3f} over {len(ends)} seeds"
+            yield f"{criterion}: AP50 {statistics.mean(ends):.3f} +- {statistics.stdev(ends):.3f} ({len(ends)} seeds)"
 
 
 def main() -> None:

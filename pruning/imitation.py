@@ -1,8 +1,9 @@
 """The narrowed network imitates the unpruned one inside, not only at its outputs.
 
-Every channel that survives has a twin in the unpruned network. While fine-tuning, what each layer reads is compared
-with what the same layer reads there: many more targets an image than boxes or even dense outputs give, so few
-images serve (compare FitNets, Romero et al. 2015, arXiv:1412.6550, which has to learn the correspondence that is known here).
+Every channel that survives has a twin in the unpruned network. While fine-tuning, what each layer reads is
+compared with what the same layer reads there: many more targets an image than boxes or even dense outputs
+give, so few images serve (compare FitNets, Romero et al. 2015, arXiv:1412.6550, which has to learn the
+correspondence that is known here).
 """
 
 from __future__ import annotations

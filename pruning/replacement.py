@@ -1,10 +1,11 @@
-"""What stands in for a removed channel where it was read: zero, its mean, or its prediction from those that stay.
+"""What stands in for a removed channel where it was read: zero, its mean, or its prediction from those that
+stay.
 
-A removed channel is rarely independent of its neighbours. For each weight the covariance of its input channels gives
-the linear prediction of the removed ones from the kept ones (ridge regression in closed form), and that prediction
-moves into the weight: ``W x = W_K x_K + W_R x_R  ~  (W_K + W_R A) x_K + W_R b``. It costs one forward pass over the scoring
-images, no training, and is exact for a channel that is constant or repeats others. Only the constant ``b`` is not exact
-at padded borders.
+A removed channel is rarely independent of its neighbours. For each weight the covariance of its input
+channels gives the linear prediction of the removed ones from the kept ones (ridge regression in closed form),
+and that prediction moves into the weight: ``W x = W_K x_K + W_R x_R ~ (W_K + W_R A) x_K + W_R b``. It costs
+one forward pass over the scoring images, no training, and is exact for a channel that is constant or repeats
+others. Only the constant ``b`` is not exact at padded borders.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ def open_session(path: Path, changed: onnx.ModelProto | None = None) -> onnxrunt
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # leaves idle cores to others
     source = path.as_posix() if changed is None else changed.SerializeToString()
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

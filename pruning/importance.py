@@ -34,6 +34,8 @@ from edgeprune.pruning.surgery import channel_ids
 Scores = npt.NDArray[np.float64]  # (units + 1,): by unit id; entry 0 is unused
 LossBatch = tuple[Tensor, Sequence[Targets]]  # images (N, 3, H, W) preprocessed, and their boxes
 
+CPU_PASS = 2  # images that go forward and back together on a CPU: more take memory and no less time
+
 
 class ImportanceError(EdgePruneError):
     """Importance cannot be computed."""
@@ -405,8 +407,8 @@ def _read_all(scoring: Scoring) -> tuple[Reading, ...]:
     examples = 0
     with _scoring_mode(network, parameters=False):
         for images, targets in scoring.batches():
-            step = len(images) if by_example else 1
-            for start in range(0, len(images), step or 1):
+            step = 1 if not by_example else CPU_PASS if images.device.type == "cpu" else max(len(images), 1)
+            for start in range(0, len(images), step):
                 part = slice(start, start + step)
                 passed = [_Seen(reader, by_example) for reader in readers]
                 _pass(scoring, images[part], targets[part], passed)

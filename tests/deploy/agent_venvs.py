@@ -35,14 +35,18 @@ def find_interpreter(version: str) -> Path:
     Raises:
         Missing: If there is none.
     """
-    if found := shutil.which(f"python{version}"):
-        return Path(found)
-    candidates = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
-    if not candidates:
-        raise Missing(
-            f"no python{version} on the PATH and none under ~/.pyenv/versions (pyenv install {version})"
-        )
-    return candidates[-1]
+    candidates = [
+        shutil.which(f"python{version}"),
+        *Path.home().glob(f".pyenv/versions/{version}.*/bin/python"),
+    ]
+    for candidate in filter(None, candidates):
+        # A version manager's shim is on the PATH also where it refuses to run.
+        told = subprocess.run([candidate, "--version"], capture_output=True, text=True, check=False)
+        if told.returncode == 0 and told.stdout.startswith(f"Python {version}."):
+            return Path(candidate)
+    raise Missing(
+        f"no python{version} on the PATH and none under ~/.pyenv/versions (pyenv install {version})"
+    )
 
 
 def ensure(name: str) -> Path:

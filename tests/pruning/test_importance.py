@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -342,6 +343,21 @@ def test_the_network_is_left_as_it_was(criterion: str) -> None:
         assert parameter.requires_grad == before[name][0]
         assert parameter.grad is None
         assert torch.equal(parameter, before[name][1])
+
+
+def test_scoring_keeps_nothing_of_a_pass() -> None:
+    """Scoring again and again keeps no more tensors alive (a tap that leads back to its graph is never freed)."""
+
+    def alive() -> int:
+        scoring = scoring_of(CHAIN, pictures(4), fold_means=True)
+        score("taylor", scoring)
+        del scoring
+        gc.collect()
+        return sum(isinstance(found, Tensor) for found in gc.get_objects())
+
+    alive()
+    before = alive()
+    assert [alive() for _ in range(3)] == [before] * 3
 
 
 def test_frozen_layers_score_like_others() -> None:

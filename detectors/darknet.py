@@ -4,6 +4,7 @@ The format is that of pjreddie/darknet and AlexeyAB/darknet: sections of ``key=v
 and a header followed by nothing but float32 values in the order of the layers.
 """
 
+import math
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ class Convolution(nn.Module):
             section.integer("stride_x", section.integer("stride", 1)),
         )
         dilation = section.integer("dilation", 1)
-        padding = size // 2 * dilation if section.integer("pad", 0) else section.integer("padding", 0)
+        padding = (size // 2 if section.integer("pad", 0) else section.integer("padding", 0)) * dilation
         if min(size, groups, filters, *stride, dilation) < 1 or padding < 0:
             raise section.problem(
                 "filters, size, stride, groups and dilation are 1 or more, padding is not negative"
@@ -486,7 +487,8 @@ def _anchors_of(section: Section) -> tuple[list[int], tuple[tuple[float, float],
     values = section.numbers("anchors")
     pairs = tuple(zip(values[::2], values[1::2], strict=False))
     mask = section.integers("mask") or list(range(section.integer("num", 1)))
-    if len(values) % 2 or any(not 0 <= index < len(pairs) for index in mask) or min(values, default=0) <= 0:
+    sound = len(values) % 2 == 0 and all(0 < value < math.inf for value in values)
+    if not sound or any(not 0 <= index < len(pairs) for index in mask):
         raise section.problem(
             f"anchors={section.options.get('anchors', '')} does not have the anchors {mask}"
         )

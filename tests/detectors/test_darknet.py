@@ -317,6 +317,7 @@ def test_every_value_has_its_place(written: tuple[Darknet, Path, Path], change: 
         ("filters=24", "filters=many", "no number"),
         ("groups=2", "groups=2\nstretch=1", r"line \d+: stretch is not supported"),
         ("mask=2,3", "mask=2,4", "anchors"),
+        ("anchors=4,6", "anchors=nan,6", "anchors"),
         ("width=64", "width", "line 4"),
         ("channels=3", "channels=1", "3 channels"),
         ("classes=80\nnum=4\nscale", "classes=79\nnum=4\nscale", "needs 168"),

@@ -30,7 +30,7 @@ class Imitation:
     def __init__(self, groups: Groups, student: Network) -> None:
         gone = np.zeros(groups.units + 1, dtype=bool)
         for producer in groups.producers:
-            ids = groups.axes[producer.weight, producer.axis]
+            ids = groups.channels(producer.layer)
             kept = student.kept.get(producer.layer)
             if kept is not None:
                 gone[np.delete(ids, list(kept))] = True

@@ -34,7 +34,7 @@ from edgeprune.pruning.surgery import channel_ids
 Scores = npt.NDArray[np.float64]  # (units + 1,): by unit id; entry 0 is unused
 LossBatch = tuple[Tensor, Sequence[Targets]]  # images (N, 3, H, W) preprocessed, and their boxes
 
-CPU_PASS = 2  # images that go forward and back together on a CPU: more take memory and no less time
+CPU_PASS = 4  # images that go forward and back together on a CPU: more take memory and no less time
 
 
 class ImportanceError(EdgePruneError):
@@ -401,7 +401,7 @@ class _Tapped(fx.Interpreter):
 def _read_all(scoring: Scoring) -> tuple[Reading, ...]:
     groups, network = scoring.groups, scoring.groups.network
     readers = groups.readers
-    by_example = _batch_comes_first(network, readers)
+    by_example = _batch_comes_first(groups)
     width = [len(channel_ids(groups, reader)) for reader in readers]
     products, gradients, activations = ([[np.zeros((0, size))] for size in width] for _ in range(3))
     examples = 0
@@ -454,12 +454,14 @@ def _array(tensor: Tensor) -> npt.NDArray[np.float64]:
     return array
 
 
-def _batch_comes_first(network: Network, readers: Sequence[Reader]) -> bool:
+def _batch_comes_first(groups: Groups) -> bool:
     """Whether every reader's tensor has one row an example (attention code may put the batch elsewhere)."""
-    two, three = shapes(network), shapes(network, BATCH + 1)
+    larger = shapes(groups.network, BATCH + 1)  # than the batch that the groups were found with
     return all(
-        reader.dim > 0 and two[reader.tensor].shape[0] == BATCH and three[reader.tensor].shape[0] == BATCH + 1
-        for reader in readers
+        reader.dim > 0
+        and groups.nodes[reader.tensor].shape[0] == BATCH
+        and larger[reader.tensor].shape[0] == BATCH + 1
+        for reader in groups.readers
     )
 
 

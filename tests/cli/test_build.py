@@ -339,7 +339,7 @@ def test_missing_weights(inputs: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("{", "not valid JSON"), ("[]", "not COCO"), ('{"images": []}', "not COCO"), (None, "cannot read")],
+    [("{", "not valid JSON"), ("[]", "not COCO"), ('{"images": []}', "not COCO"), (None, "no data set at")],
 )
 def test_labels_that_are_not_coco(content: str | None, words: str, inputs: Path, tmp_path: Path) -> None:
     """A label file that is no COCO JSON is named with what is wrong, and no run folder is left."""
@@ -360,14 +360,16 @@ def test_a_video_without_labels(inputs: Path, tmp_path: Path) -> None:
     assert "street.avi#000123" in said
 
 
-def test_an_image_that_does_not_decode(inputs: Path, tmp_path: Path) -> None:
-    """The image is named in one line, whether it trains or validates."""
-    for name in ("train", "val"):
-        damaged = tmp_path / name
-        shutil.copytree(inputs, damaged)
-        (damaged / name / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
-        said = fails("build", *options(damaged, damaged / "run"))
-        assert str(damaged / name / "3.png") in said
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_an_image_that_does_not_decode(part: str, inputs: Path, tmp_path: Path) -> None:
+    """The image is named in one line and left out, whether it trains or validates; the run goes on."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(inputs, damaged)
+    (damaged / part / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    said = succeed("prune", *options(damaged, damaged / "run", iterations=1)).output
+    told = f"{damaged / f'boxes_{part}.json'}: 1 images or boxes were dropped or cut"
+    (line,) = [line for line in said.splitlines() if line.startswith(told)]
+    assert "images[2]: its image file is a damaged PNG; dropped" in line
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny_detector import TinyDetector
+from squares_detector import TinyDetector
 
 from edgeprune.data.dataset import load_dataset
 from edgeprune.detectors import distributed

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tiny_detector import TinyDetector, write_squares
+from squares_detector import TinyDetector, write_squares
 
 from edgeprune.data.dataset import Dataset, Sample, load_dataset
 from edgeprune.deploy.device.imaging import Placement, Preprocessing, letterbox, normalise

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_detector import TinyDetector, write_squares
+from squares_detector import TinyDetector, write_squares
 from torch import Tensor, nn
 
 from edgeprune.data.dataset import Dataset

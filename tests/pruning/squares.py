@@ -31,7 +31,7 @@ NAME = f"{Path(__file__).resolve()}:tiny"
 
 # By its path: tests/cli has a module of the same name.
 _spec = importlib.util.spec_from_file_location(
-    "tiny_detector_of_squares", Path(__file__).parents[1] / "detectors" / "tiny_detector.py"
+    "tiny_detector_of_squares", Path(__file__).parents[1] / "detectors" / "squares_detector.py"
 )
 assert _spec is not None
 assert _spec.loader is not None

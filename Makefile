@@ -26,7 +26,7 @@ demo: install
 test: lint system
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m 'not slow' </dev/null
 
-lint: install
+lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p edgeprune
@@ -39,10 +39,15 @@ install: .venv/.installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable .
 	@# mypy cannot follow the package mapping of pyproject.toml: these links show it edgeprune/<folder>.
 	mkdir -p build/types/edgeprune
 	$(foreach folder,$(FOLDERS),ln -sfn ../../../$(folder) build/types/edgeprune/$(folder);)
+	touch $@
+
+# What only developers need; among it TensorRT for RTX, proprietary, whose builder the tests run.
+.venv/.dev: .venv/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev,rtx]'
 	touch $@
 
 # Tests that need one of these are skipped, with the reason, where it cannot be installed.

@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from edgeprune.cli.device_options import with_device
+from edgeprune.cli.interrupt import handled
 from edgeprune.cli.run_options import ValImages, with_config
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ class _Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with handled():
+                return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
             _say(str(interrupt) or "Interrupted.")
             raise typer.Exit(EXIT_INTERRUPTED) from None

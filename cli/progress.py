@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from edgeprune.cli.interrupt import check, postponed
 from edgeprune.detectors.protocol import Progress
 
 LINE_EVERY_S = 15.0
@@ -23,7 +24,18 @@ def say(line: str) -> None:
 
 @contextmanager
 def progress(title: str) -> Iterator[Progress]:
-    """Show a piece of work under `title`; call what is yielded with (done, total) as it proceeds."""
+    """Show PyTorch's work under `title`; call what is yielded with (done, total) as it proceeds."""
+    with postponed(), _shown(title) as update:
+
+        def proceed(done: int, total: int) -> None:
+            check()
+            update(done, total)
+
+        yield proceed
+
+
+@contextmanager
+def _shown(title: str) -> Iterator[Progress]:
     if _console.is_terminal:
         with _bars() as bars:
             task = bars.add_task(title, total=None)
@@ -35,8 +47,8 @@ def progress(title: str) -> Iterator[Progress]:
 
 @contextmanager
 def device_progress(title: str) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """The same for what the agent on a device reports: takes its events."""
-    with progress(title) as update:
+    """Show what the agent on a device reports: takes its events."""
+    with _shown(title) as update:
 
         def on_event(event: Mapping[str, Any]) -> None:
             if event["event"] == "progress":

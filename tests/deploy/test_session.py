@@ -336,7 +336,7 @@ def test_ctrl_c_ends_the_agent(
 
     def interrupt(event: Mapping[str, Any]) -> None:
         wait_for(lambda: marker.exists() and bool(marker.read_text()), "the child did not start")
-        signal.raise_signal(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # to the process, as a terminal does, not to this thread
 
     with pytest.raises(KeyboardInterrupt):
         local_session(load_target("host"), work, interrupt).build(model)

@@ -36,8 +36,10 @@ TOLERANCE = 1e-5
 
 
 def assert_removal_is_exact(groups: Groups, units: set[int], pictures: tuple[Tensor, ...]) -> Network:
-    narrow = remove(groups, units)
-    assert largest_difference(masked(groups, units), narrow, pictures) < TOLERANCE
+    narrow, reference = remove(groups, units), masked(groups, units)
+    # In double precision: what is left of a difference then is not rounding.
+    exact = tuple(picture.double() if picture.is_floating_point() else picture for picture in pictures)
+    assert largest_difference(reference.double(), copy.deepcopy(narrow).double(), exact) < TOLERANCE
     return narrow
 
 

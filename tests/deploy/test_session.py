@@ -338,7 +338,12 @@ def test_ctrl_c_ends_the_agent(
         wait_for(lambda: marker.exists() and bool(marker.read_text()), "the child did not start")
         os.kill(os.getpid(), signal.SIGINT)  # to the process, as a terminal does, not to this thread
 
-    with pytest.raises(KeyboardInterrupt):
-        local_session(load_target("host"), work, interrupt).build(model)
+    # A shell that starts the tests in the background lets them inherit a SIGINT that is ignored.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            local_session(load_target("host"), work, interrupt).build(model)
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     wait_for(lambda: not alive(int(marker.read_text())), "the child outlived ctrl-C")
     assert not leftovers(work)

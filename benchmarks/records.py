@@ -6,6 +6,7 @@ from typing import Any
 
 from edgeprune.benchmarks.errors import BenchmarkError
 from edgeprune.deploy.records import DeviceInfo
+from edgeprune.export.model import Parity
 from edgeprune.pruning.records import PruningStep
 
 # What each scope holds. A latency without its scope is no figure. A backend may measure more of them.
@@ -207,6 +208,7 @@ class ReportRow:
     model_size_bytes: int | None  # of the ONNX file
     result: BenchmarkResult | None
     layers: tuple[LayerTime, ...] = ()  # of the engine, mapped to the detector; empty where not profiled
+    parity: Parity | None = None  # of the model with PyTorch, on real images
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def report_html(report: Report, frames: Frames = NO_FRAMES, *, flag_ap_drop: flo
         not_faster=not_faster(report.rows[0].layers, report.rows[-1].layers),
         samples=draw_samples(report, frames),
         sample_score=SAMPLE_SCORE,
-        provenance=[*_flat(report.provenance), *_flat({"device": details})],
+        provenance=[*_flat(report.provenance), *_flat({"device": details}), *_parities(report)],
     )
 
 
@@ -114,6 +114,15 @@ def _warnings(report: Report, flag_ap_drop: float) -> list[str]:
     return [f"The latencies were measured under a disturbance: {reason}." for reason in sorted(disturbed)] + [
         f"{drop}." for drop in ap_drops(report, flag_ap_drop)
     ]
+
+
+def _parities(report: Report) -> Iterator[tuple[str, str]]:
+    """How far each step's ONNX file is from PyTorch on real images."""
+    for row in report.rows:
+        if row.parity:
+            boxes_px, scores = row.parity.max_box_difference_px, row.parity.max_score_difference
+            text = f"boxes {boxes_px:.1g} px, scores {scores:.1g} at most, on {row.parity.images} images"
+            yield f"ONNX against PyTorch.iteration {row.step.iteration}", text
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

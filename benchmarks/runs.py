@@ -6,7 +6,7 @@ from edgeprune.benchmarks.errors import BenchmarkError
 from edgeprune.benchmarks.layers import layer_times
 from edgeprune.benchmarks.records import BenchmarkResult, Report, ReportRow
 from edgeprune.data.files import read_json
-from edgeprune.export.model import ExportedModel
+from edgeprune.export.model import ExportedModel, Parity
 from edgeprune.pruning.records import PruningStep
 
 
@@ -41,7 +41,18 @@ def _row(folder: Path) -> ReportRow:
     model = ExportedModel.from_json(read_json(folder / "export.json"), folder)
     result = _result(folder / "benchmark.json", model)
     layers = layer_times(model.path, result.layer_times_ms) if result and result.layer_times_ms else ()
-    return ReportRow(step, model.size_bytes, result, layers)
+    return ReportRow(step, model.size_bytes, result, layers, _parity(folder / "parity.json", model))
+
+
+def _parity(path: Path, model: ExportedModel) -> Parity | None:
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    try:
+        parity = Parity(**record["parity"])
+        return parity if record["model_sha256"] == model.sha256 else None
+    except (KeyError, TypeError) as error:
+        raise BenchmarkError(f"{path} is damaged ({error!r}): export the step again") from error
 
 
 def _result(path: Path, model: ExportedModel) -> BenchmarkResult | None:

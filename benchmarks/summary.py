@@ -64,6 +64,8 @@ def _figures(row: ReportRow, first: ReportRow) -> Figures:
         "precision": result.precision if result else None,
         "engine_size_bytes": result.engine_size_bytes if result else None,
         "engine_build_s": result.engine_build_s if result else None,
+        "parity_max_box_difference_px": row.parity.max_box_difference_px if row.parity else None,
+        "parity_max_score_difference": row.parity.max_score_difference if row.parity else None,
         "disturbed": result.disturbed if result else None,
         "watts": energy.watts if energy else None,
         "joules_per_image": energy.joules_per_image if energy else None,

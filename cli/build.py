@@ -81,6 +81,11 @@ def build(
     """
     device = RunDevice.find(config.target, connection)  # what is wrong with it is better known before hours
     config = replace(config, target=device.target.name)  # which "auto" left open
+    if config.precision not in device.target.precisions:
+        known = ", ".join(device.target.precisions)
+        raise RunError(
+            f"{config.target} has no {config.precision} in hardware; --precision is one of: {known}"
+        )
     with _running(config, run_dir, resume=resume) as (run, steps, val):
         device.save(run.path)
         models, engines = [], []

@@ -11,7 +11,9 @@ from run_folder import write, write_run
 
 from edgeprune.benchmarks.errors import BenchmarkError
 from edgeprune.benchmarks.records import BenchmarkResult, Device
+from edgeprune.benchmarks.report import report_html
 from edgeprune.benchmarks.runs import load_report
+from edgeprune.benchmarks.summary import row_figures
 
 
 @pytest.fixture
@@ -64,6 +66,7 @@ def test_two_devices_are_no_comparison(run: Path) -> None:
         ("step-00/detector.json", {"steps": []}, "prune the run again"),
         ("step-00/detector.json", [], "prune the run again"),
         ("step-01/benchmark.json", {"model_sha256": 1}, "measure it again"),
+        ("step-01/parity.json", {"parity": {}}, "export the step again"),
     ],
 )
 def test_damage_is_said(run: Path, file: str, content: Any, message: str) -> None:
@@ -82,3 +85,24 @@ def test_an_empty_run_says_so(tmp_path: Path) -> None:
     write(tmp_path / "run.json", {})
     with pytest.raises(BenchmarkError, match="no step yet"):
         load_report(tmp_path)
+
+
+def test_parity_is_the_models_own(run: Path) -> None:
+    """The report tells how far ONNX is from PyTorch, unless the figure is of a model that was exported again."""
+    sha256 = json.loads((run / "step-01" / "export.json").read_text())["sha256"]
+    parity = {
+        "images": 16,
+        "max_box_difference_px": 2e-4,
+        "max_score_difference": 3e-6,
+        "ap_pytorch": 0.5,
+        "ap_onnx": 0.5,
+    }
+    write(run / "step-01" / "parity.json", {"model_sha256": sha256, "parity": parity})
+    report = load_report(run)
+    figures = row_figures(report)
+    assert figures[0]["parity_max_box_difference_px"] is None
+    assert figures[1]["parity_max_box_difference_px"] == 2e-4
+    assert figures[1]["parity_max_score_difference"] == 3e-6
+    assert "boxes 0.0002 px, scores 3e-06 at most, on 16 images" in report_html(report)
+    write(run / "step-01" / "parity.json", {"model_sha256": "0" * 64, "parity": parity})
+    assert load_report(run).rows[1].parity is None

@@ -323,6 +323,13 @@ def test_an_unknown_target_lists_the_known(inputs: Path, tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
+def test_a_precision_that_the_target_lacks(inputs: Path, tmp_path: Path) -> None:
+    """It is refused before anything is pruned, naming those that the target has."""
+    said = fails("build", *options(inputs, tmp_path / "run", target="jetson-nano", precision="int8"))
+    assert "jetson-nano has no int8 in hardware; --precision is one of: fp32, fp16" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_unknown_criterion_lists_the_known(inputs: Path, tmp_path: Path) -> None:
     """A criterion that is not known is refused with those that are, before anything is written."""
     said = fails("build", *options(inputs, tmp_path / "run", criterion="guess"))

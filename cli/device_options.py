@@ -1,13 +1,15 @@
 """The options that say how a device is reached; commands that need a device take them all."""
 
-import inspect
-from collections.abc import Callable
-from dataclasses import fields
-from functools import wraps
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from edgeprune.cli.option_group import take
+
+if TYPE_CHECKING:
+    from edgeprune.deploy.connection import Connection
 
 Host = Annotated[
     str | None,
@@ -103,23 +105,14 @@ def _options(
 
 def with_device(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options to a command, which takes them as one `connection`."""
+    return take(command, "connection", _options, _connection, first=False)
 
-    @wraps(command)
-    def wrapped(**given: Any) -> None:
-        from edgeprune.deploy.connection import Connection
 
-        chosen = {field.name: given.pop(field.name) for field in fields(Connection)}
-        # A run keeps them, and goes on from any folder.
-        chosen = {name: v.absolute() if isinstance(v, Path) else v for name, v in chosen.items()}
-        command(**given, connection=Connection(**chosen))
+def _connection(chosen: Mapping[str, Any]) -> "Connection":
+    from edgeprune.deploy.connection import Connection
 
-    signature = inspect.signature(command)
-    own = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for name, parameter in signature.parameters.items()
-        if name != "connection"
-    ]
-    added = list(inspect.signature(_options).parameters.values())
-    wrapped.__signature__ = signature.replace(parameters=own + added)  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in own + added}
-    return wrapped
+    values = dict(chosen)
+    for name, value in values.items():
+        if isinstance(value, Path):  # a run keeps them, and goes on from any folder
+            values[name] = value.absolute()
+    return Connection(**values)

@@ -1,12 +1,15 @@
 """The options that decide a run's result; commands that prune take them all, as one `config`."""
 
-import inspect
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from edgeprune.cli.option_group import take
+
+if TYPE_CHECKING:
+    from edgeprune.cli.config import BuildConfig
 
 Target = Annotated[
     str,
@@ -232,24 +235,13 @@ def _options(
 
 def with_config(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options to a command, which takes them as one `config`."""
-    added = list(inspect.signature(_options).parameters.values())
+    return take(command, "config", _options, _config, first=True)
 
-    @wraps(command)
-    def wrapped(**given: Any) -> None:
-        from edgeprune.cli.config import BuildConfig
 
-        try:
-            config = BuildConfig.from_options({option.name: given.pop(option.name) for option in added})
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-        command(**given, config=config)
+def _config(chosen: Mapping[str, Any]) -> "BuildConfig":
+    from edgeprune.cli.config import BuildConfig
 
-    signature = inspect.signature(command)
-    own = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for name, parameter in signature.parameters.items()
-        if name != "config"
-    ]
-    wrapped.__signature__ = signature.replace(parameters=added + own)  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in added + own}
-    return wrapped
+    try:
+        return BuildConfig.from_options(chosen)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None

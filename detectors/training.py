@@ -60,6 +60,8 @@ class FineTuneOptions:
     """Passes over the training images; 0 only evaluates."""
     learning_rate: float = 1e-4
     """The highest, after warm-up."""
+    body_share: float = 1.0
+    """Of the learning rate, for all layers but the last ones, which make the network's outputs."""
     optimizer: str = "adamw"
     """"adamw" or "sgd" (momentum 0.9)."""
     batch_size: int = 4
@@ -76,6 +78,8 @@ class FineTuneOptions:
     """Weight of the labels' loss beside distillation."""
     feature_weight: float = 1.0
     """Weight, beside the outputs, of what `follow` of `fine_tune` compares inside the two networks."""
+    mosaic: float = 0.0
+    """Share of the training images that are put together from four."""
     amp: bool = True
     """bfloat16 where the device is a CUDA GPU that has it."""
     patience: int | None = None
@@ -89,6 +93,7 @@ class FineTuneOptions:
         for valid, rule in (
             (self.epochs >= 0, "epochs is 0 or more"),
             (0 < self.learning_rate < math.inf, "learning_rate is above 0"),
+            (0 < self.body_share <= 1, "body_share is above 0 and at most 1"),
             (self.optimizer in OPTIMIZERS, f"optimizer is one of {', '.join(OPTIMIZERS)}"),
             (self.batch_size >= 1, "batch_size is 1 or more"),
             (self.warmup_epochs >= 0, "warmup_epochs is 0 or more"),
@@ -96,6 +101,7 @@ class FineTuneOptions:
             (0 <= self.ema_decay < 1, "ema_decay is from 0 to below 1"),
             (self.label_weight >= 0, "label_weight is 0 or more"),
             (self.feature_weight >= 0, "feature_weight is 0 or more"),
+            (0 <= self.mosaic <= 1, "mosaic is from 0 to 1"),
             (self.patience is None or self.patience >= 1, "patience is 1 or more"),
             (self.workers >= 1, "workers is 1 or more"),
         ):
@@ -118,6 +124,9 @@ class EpochRecord:
     ema_ap: float
     """AP of the moving average of the weights."""
     ema_ap50: float
+    select_loss: float | None = None
+    """With distillation: mean loss of the images of `select`."""
+    ema_select_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -139,11 +148,9 @@ class FineTuneResult:
         return self.best_epoch == 0 and bool(self.epochs)
 
 
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
-    "adamw": lambda parameters, rate: torch.optim.AdamW(parameters, rate, weight_decay=WEIGHT_DECAY),
-    "sgd": lambda parameters, rate: torch.optim.SGD(
-        parameters, rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
-    ),
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float], torch.optim.Optimizer]] = {
+    "adamw": lambda groups, rate: torch.optim.AdamW(groups, rate, weight_decay=WEIGHT_DECAY),
+    "sgd": lambda groups, rate: torch.optim.SGD(groups, rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY),
 }
 
 
@@ -160,6 +167,7 @@ class _Progress:
     averaged: bool
     before: dict[str, Any]
     after: dict[str, Any]
+    after_loss: float
     records: list[dict[str, Any]]
 
 
@@ -269,8 +277,20 @@ class _FineTuning:
         self.trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         if not self.trained:
             raise TrainingError("fine-tuning: every parameter of the network is frozen")
-        self.optimizer = OPTIMIZERS[options.optimizer](self.trained, options.learning_rate)
+        self.optimizer = OPTIMIZERS[options.optimizer](self._groups(), options.learning_rate)
         self.amp = options.amp and device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """What is trained, for the optimizer, by its share of the learning rate."""
+        if self.options.body_share == 1:
+            return [{"params": self.trained, "share": 1.0}]
+        images = torch.zeros(1, 3, *self.detector.input_size, device=self.device)
+        last = last_parameters(self.network, images.to(memory_format=self.layout))
+        groups = [
+            {"params": [p for p in self.trained if p in last], "share": 1.0},
+            {"params": [p for p in self.trained if p not in last], "share": self.options.body_share},
+        ]
+        return [group for group in groups if group["params"]]
 
     def run(
         self,
@@ -312,7 +332,17 @@ class _FineTuning:
         state = _copy(self.network.state_dict())
         precision = asdict(self._evaluate())
         return _Progress(
-            0, state, _copy(state), self.optimizer.state_dict(), state, 0, False, precision, precision, []
+            0,
+            state,
+            _copy(state),
+            self.optimizer.state_dict(),
+            state,
+            0,
+            False,
+            precision,
+            precision,
+            math.inf,
+            [],
         )
 
     def _continue(self, path: Path) -> _Progress:
@@ -356,7 +386,7 @@ class _FineTuning:
             for batch in self._batches(epoch):
                 rate = self._learning_rate(done)
                 for group in self.optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate * group["share"]
                 loss = self._step(batch, epoch)
                 loss_sum += loss * batch.global_size
                 done += 1
@@ -366,9 +396,9 @@ class _FineTuning:
         self._average_buffers()
 
         state = _copy(self.network.state_dict())
-        precision = self._evaluate()
+        precision, select_loss = self._evaluate(), self._select_loss()
         self.network.load_state_dict(average)
-        average_precision = self._evaluate()
+        average_precision, average_loss = self._evaluate(), self._select_loss()
         self.network.load_state_dict(state)
         record = EpochRecord(
             epoch,
@@ -378,6 +408,8 @@ class _FineTuning:
             precision.ap50,
             average_precision.ap,
             average_precision.ap50,
+            select_loss,
+            average_loss,
         )
         log.info("fine-tuning epoch %d: %s", epoch, record)
         now = replace(
@@ -388,12 +420,30 @@ class _FineTuning:
             optimizer=self.optimizer.state_dict(),
             records=[*at.records, asdict(record)],
         )
-        for candidate, weights, averaged in ((precision, state, False), (average_precision, average, True)):
-            if candidate.ap > now.after["ap"]:
+        for candidate, loss, weights, averaged in (
+            (precision, select_loss, state, False),
+            (average_precision, average_loss, average, True),
+        ):
+            if self._is_better(candidate, loss, now):
                 now = replace(
-                    now, best=_copy(weights), best_epoch=epoch, averaged=averaged, after=asdict(candidate)
+                    now,
+                    best=_copy(weights),
+                    best_epoch=epoch,
+                    averaged=averaged,
+                    after=asdict(candidate),
+                    after_loss=math.inf if loss is None else loss,
                 )
         return now
+
+    def _is_better(self, candidate: AveragePrecision, loss: float | None, at: _Progress) -> bool:
+        """Whether weights are better than the best so far, by held-out images.
+
+        Without distillation by AP. With it, AP only rules out what is below the AP from before; among the rest the
+        loss decides: of a few images AP is so noisy that the highest of many epochs is mostly luck.
+        """
+        if loss is None:
+            return bool(candidate.ap > at.after["ap"])
+        return bool(candidate.ap >= at.before["ap"]) and loss < at.after_loss
 
     def _batches(self, epoch: int) -> Iterator[Batch]:
         return batches(
@@ -401,6 +451,7 @@ class _FineTuning:
             self.unlabelled,
             batch_size=self.options.batch_size,
             augmentation=(self.seed, epoch),
+            mosaic=self.options.mosaic,
             workers=self.options.workers,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
@@ -468,12 +519,55 @@ class _FineTuning:
             return distributed.from_first(found)
         return distributed.from_first(cast(AveragePrecision, None))
 
+    def _select_loss(self) -> float | None:
+        """With distillation the mean loss of `select`, found by the first process for all."""
+        if not self.options.distill:
+            return None
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        if distributed.rank() == 0:
+            self.network.eval()
+            with torch.no_grad():
+                for batch in batches(self.select, batch_size=self.options.batch_size, augmentation=None):
+                    total += self._losses(batch).sum()
+        return distributed.from_first(total.item() / len(self.select))
+
     def _average_buffers(self) -> None:
         """Give all processes the same statistics of batch norm."""
         buffers = [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
         distributed.sum_over_processes(buffers)
         for buffer in buffers:
             buffer.div_(distributed.world_size())
+
+
+def last_parameters(network: nn.Module, images: Tensor) -> set[nn.Parameter]:
+    """Parameters with nothing but operations without any between them and an output of the network.
+
+    Args:
+        images: ``(N, 3, H, W)`` that the network takes.
+    """
+    training = network.training
+    frozen = [parameter for parameter in network.parameters() if not parameter.requires_grad]
+    for parameter in frozen:  # else the walk would go past a frozen last layer
+        parameter.requires_grad_(True)
+    with torch.enable_grad():
+        raw = network.eval()(images)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    network.train(training)
+    found: set[nn.Parameter] = set()
+    ahead = [leaf.grad_fn for leaf in _pytree.tree_leaves(raw) if isinstance(leaf, Tensor)]
+    seen = set()
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        before = [function for function, _ in node.next_functions if function is not None]
+        of_layer = {function.variable for function in before if hasattr(function, "variable")}
+        found |= of_layer
+        if not of_layer:
+            ahead += before
+    return found
 
 
 def recalibrate_batch_norm(

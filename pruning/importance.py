@@ -29,6 +29,7 @@ from edgeprune.detectors import distributed
 from edgeprune.detectors.protocol import Detector, Progress, Targets
 from edgeprune.pruning.graph import BATCH, Network, argument, layer_of, operation, shapes, tensors, where
 from edgeprune.pruning.groups import Groups, Reader
+from edgeprune.pruning.replacement import InputStatistics, InputSums, input_statistics
 from edgeprune.pruning.surgery import channel_ids
 
 Scores = npt.NDArray[np.float64]  # (units + 1,): by unit id; entry 0 is unused
@@ -69,7 +70,6 @@ class Reading:
 
     product: npt.NDArray[np.float64]  # (N, C): sum over positions of activation x gradient
     gradient: npt.NDArray[np.float64]  # (N, C): sum over positions of the gradient
-    activation: npt.NDArray[np.float64]  # (C,): mean over examples and positions
     positions: int
 
 
@@ -82,38 +82,38 @@ class Scoring:
         detector: Detector,
         batches: Callable[[], Iterable[LossBatch]],
         *,
-        fold_means: bool,
+        replacement: str = "zero",
         seed: int = 0,
         progress: Progress | None = None,
     ) -> None:
         """
         Args:
             batches: gives the scoring images, the same ones at each call; under torchrun this process' share.
-            fold_means: a removed channel leaves its mean behind, and activations count from their mean.
+            replacement: what a removed channel leaves behind. Unless it is "zero", activations count from their mean.
             progress: called with images done; the total is not known here and given as 0.
         """
         self.groups, self.detector, self.batches = groups, detector, batches
-        self.fold_means, self.seed, self.progress = fold_means, seed, progress
+        self.replacement, self.seed, self.progress = replacement, seed, progress
 
-    @cached_property
+    @property
     def readings(self) -> tuple[Reading, ...]:
         """One for each of `groups.readers`, over the images of all processes."""
-        return _read_all(self)
+        return self._read[0]
 
     @cached_property
-    def means(self) -> dict[str, Tensor]:
-        """Mean input of each weight's channels, which removed ones leave behind; empty if they leave zero."""
-        if not self.fold_means:
-            return {}
-        totals: dict[str, tuple[npt.NDArray[np.float64], int]] = {}
-        for reader, reading in zip(self.groups.readers, self.readings, strict=True):
-            if reader.weight is not None and reader.foldable:
-                total, positions = totals.get(reader.weight, (np.zeros_like(reading.activation), 0))
-                totals[reader.weight] = (
-                    total + reading.activation * reading.positions,
-                    positions + reading.positions,
-                )
-        return {weight: torch.from_numpy(total / count).float() for weight, (total, count) in totals.items()}
+    def statistics(self) -> dict[str, InputStatistics]:
+        """Of each weight's inputs, which removed ones leave behind; empty if they leave zero.
+
+        They come with the readings, and for a criterion that reads nothing from a forward pass of their own.
+        """
+        if self.replacement == "zero" or "_read" in self.__dict__:
+            return self._read[1] if "_read" in self.__dict__ else {}
+        images = (images for images, _ in self.batches())
+        return input_statistics(self.groups, lambda: images, self.replacement == "linear")
+
+    @cached_property
+    def _read(self) -> tuple[tuple[Reading, ...], dict[str, InputStatistics]]:
+        return _read_all(self)
 
     def first_order(self, per_position: bool) -> npt.NDArray[np.float64]:
         """``(N, units + 1)``: estimated change of each example's loss when a unit is removed, with its sign.
@@ -125,8 +125,8 @@ class Scoring:
         change = np.zeros((examples, self.groups.units + 1))
         for reader, reading in zip(self.groups.readers, self.readings, strict=True):
             product = reading.product
-            if reader.weight in self.means and reader.foldable:
-                product = product - self.means[reader.weight].double().numpy() * reading.gradient
+            if reader.weight in self.statistics and reader.foldable:
+                product = product - self.statistics[reader.weight].mean.numpy() * reading.gradient
             if per_position:
                 product = product / reading.positions
             np.add.at(change.T, channel_ids(self.groups, reader), -product.T)
@@ -377,8 +377,9 @@ class _Tap(torch.autograd.Function):
 class _Tapped(fx.Interpreter):
     """Runs a network with a tap before every reader."""
 
-    def __init__(self, network: Network, seen: Sequence[_Seen]) -> None:
+    def __init__(self, network: Network, seen: Sequence[_Seen], inputs: InputSums | None) -> None:
         super().__init__(network)
+        self.inputs = inputs
         self.taps: dict[fx.Node, list[_Seen]] = {}
         for tap in seen:
             self.taps.setdefault(tap.reader.node, []).append(tap)
@@ -391,6 +392,8 @@ class _Tapped(fx.Interpreter):
         for seen in self.taps[n]:
             tensor: Tensor = changed[seen.reader.position]
             seen.forward(tensor.detach())
+            if self.inputs is not None and seen.activation is not None:
+                self.inputs.add(seen.reader, tensor.detach(), seen.activation.sum(0))
             if not tensor.requires_grad:  # nothing is read before it: gradients stop here
                 tensor = tensor.detach().requires_grad_()
             changed[seen.reader.position] = _Tap.apply(tensor, seen)  # type: ignore[no-untyped-call]
@@ -398,12 +401,13 @@ class _Tapped(fx.Interpreter):
         return n.target(*changed, **keywords)
 
 
-def _read_all(scoring: Scoring) -> tuple[Reading, ...]:
+def _read_all(scoring: Scoring) -> tuple[tuple[Reading, ...], dict[str, InputStatistics]]:
     groups, network = scoring.groups, scoring.groups.network
     readers = groups.readers
     by_example = _batch_comes_first(groups)
     width = [len(channel_ids(groups, reader)) for reader in readers]
-    products, gradients, activations = ([[np.zeros((0, size))] for size in width] for _ in range(3))
+    products, gradients = ([[np.zeros((0, size))] for size in width] for _ in range(2))
+    inputs = None if scoring.replacement == "zero" else InputSums(groups, scoring.replacement == "linear")
     examples = 0
     with _scoring_mode(network, parameters=False):
         for images, targets in scoring.batches():
@@ -411,33 +415,37 @@ def _read_all(scoring: Scoring) -> tuple[Reading, ...]:
             for start in range(0, len(images), step):
                 part = slice(start, start + step)
                 passed = [_Seen(reader, by_example) for reader in readers]
-                _pass(scoring, images[part], targets[part], passed)
+                _pass(scoring, images[part], targets[part], passed, inputs)
                 for index, seen in enumerate(passed):
                     nothing = torch.zeros(len(images[part]), width[index])  # where it has no part in the loss
                     products[index].append(_array(nothing if seen.product is None else seen.product))
                     gradients[index].append(_array(nothing if seen.gradient is None else seen.gradient))
-                    assert seen.activation is not None
-                    activations[index].append(_array(seen.activation).sum(0, keepdims=True))
                 examples += len(images[part])
                 if scoring.progress is not None:
                     scoring.progress(examples, 0)
-    kinds = [[np.concatenate(arrays) for arrays in kind] for kind in (products, gradients, activations)]
+    kinds = [[np.concatenate(arrays) for arrays in kind] for kind in (products, gradients)]
     gathered = distributed.gather((kinds, examples))
-    total = _some(sum(count for _, count in gathered))
+    _some(sum(count for _, count in gathered))
     readings = []
     for index, reader in enumerate(readers):
-        product, gradient, activation = (
-            np.concatenate([kinds[kind][index] for kinds, _ in gathered]) for kind in range(3)
+        product, gradient = (
+            np.concatenate([kinds[kind][index] for kinds, _ in gathered]) for kind in range(2)
         )
         positions = math.prod(groups.nodes[reader.tensor].shape) // (BATCH * width[index])
-        readings.append(Reading(product, gradient, activation.sum(0) / (total * positions), positions))
-    return tuple(readings)
+        readings.append(Reading(product, gradient, positions))
+    return tuple(readings), {} if inputs is None else inputs.statistics()
 
 
-def _pass(scoring: Scoring, images: Tensor, targets: Sequence[Targets], passed: Sequence[_Seen]) -> None:
-    """Forward and backward; fills `passed`."""
+def _pass(
+    scoring: Scoring,
+    images: Tensor,
+    targets: Sequence[Targets],
+    passed: Sequence[_Seen],
+    inputs: InputSums | None,
+) -> None:
+    """Forward and backward; fills `passed`, adds to `inputs`."""
     network = scoring.groups.network
-    losses = scoring.detector.loss(_Tapped(network, passed).run(images), targets)
+    losses = scoring.detector.loss(_Tapped(network, passed, inputs).run(images), targets)
     if not _all_finite([losses, *(seen.activation for seen in passed)]):
         raise _not_finite(network, images)
     if losses.requires_grad:

@@ -4,14 +4,16 @@ stay.
 A removed channel is rarely independent of its neighbours. For each weight the covariance of its input
 channels gives the linear prediction of the removed ones from the kept ones (ridge regression in closed form),
 and that prediction moves into the weight: ``W x = W_K x_K + W_R x_R ~ (W_K + W_R A) x_K + W_R b``. It costs
-one forward pass over the scoring images, no training, and is exact for a channel that is constant or repeats
-others. Only the constant ``b`` is not exact at padded borders.
+little beside the pass that scores, no training, and is exact for a channel that is constant or repeats others.
+Only the constant ``b`` is not exact at padded borders.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,13 @@ import torch
 from torch import Tensor, fx
 
 from edgeprune.detectors import distributed
-from edgeprune.pruning.graph import Network, tensors
+from edgeprune.pruning.graph import tensors
 from edgeprune.pruning.groups import Groups, Reader
 from edgeprune.pruning.surgery import StandIn, channel_ids
 
-RIDGE = 1e-3  # of the mean variance of a weight's inputs: keeps predictions from few positions tame
+RIDGE = 1e-4  # of the mean variance of a weight's inputs: keeps predictions from few positions tame
 WIDEST = 4096  # inputs; beyond (a linear layer behind a large flatten) the covariance would not pay
+POSITIONS = 200  # of an image that the covariance is taken from, at most about: neighbours tell the same
 
 
 @dataclass(frozen=True)
@@ -37,30 +40,93 @@ class InputStatistics:
     """``(C, C)`` float64; None for grouped and very wide inputs, which are replaced by their mean."""
 
 
-def input_statistics(groups: Groups, images: Callable[[], Iterable[Tensor]]) -> dict[str, InputStatistics]:
-    """Measure the inputs of every weight whose bias can carry a constant.
+def input_statistics(
+    groups: Groups, images: Callable[[], Iterable[Tensor]], covariances: bool
+) -> dict[str, InputStatistics]:
+    """Measure the inputs of every weight whose bias can carry a constant, in a forward pass of its own.
 
     Args:
         images: gives batches ``(N, 3, H, W)``; under torchrun this process' share.
     """
-    sums: dict[str, tuple[Tensor, Tensor | None, int]] = {}
+    sums = InputSums(groups, covariances)
     network = groups.network
     training = network.training
     network.eval()
     with torch.no_grad():
         for batch in images():
-            _Watch(network, groups, sums).run(batch)
+            _Watch(sums).run(batch)
     network.train(training)
-    gathered = distributed.gather(_on_cpu(sums))
-    statistics = {}
-    for weight in dict.fromkeys(weight for part in gathered for weight in part):
-        parts = [part[weight] for part in gathered if weight in part]
-        count = sum(part[2] for part in parts)
-        mean = torch.stack([part[0] for part in parts]).sum(0) / count
-        products = [part[1] for part in parts if part[1] is not None]
-        covariance = torch.stack(products).sum(0) / count - mean[:, None] * mean if products else None
-        statistics[weight] = InputStatistics(mean, covariance)
-    return statistics
+    return sums.statistics()
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Of one weight's inputs, over all positions, and over those that the covariance is taken from."""
+
+    total: Tensor  # (C,) float64
+    count: int
+    samples: int = 0
+    sampled: Tensor | None = None  # (C,) float64
+    products: Tensor | None = None  # (C, C) float64
+
+    def __add__(self, other: _Sums) -> _Sums:
+        summed = _Sums(self.total + other.total, self.count + other.count)
+        if self.sampled is None or other.sampled is None or self.products is None or other.products is None:
+            return summed
+        return replace(
+            summed,
+            samples=self.samples + other.samples,
+            sampled=self.sampled + other.sampled,
+            products=self.products + other.products,
+        )
+
+    def cpu(self) -> _Sums:
+        sampled, products = (None if each is None else each.cpu() for each in (self.sampled, self.products))
+        return _Sums(self.total.cpu(), self.count, self.samples, sampled, products)
+
+    def statistics(self) -> InputStatistics:
+        covariance = None
+        if self.sampled is not None and self.products is not None:
+            mean = self.sampled / self.samples
+            covariance = self.products / self.samples - mean[:, None] * mean
+        return InputStatistics(self.total / self.count, covariance)
+
+
+class InputSums:
+    """Sums up what weights read, in whatever pass shows it."""
+
+    def __init__(self, groups: Groups, covariances: bool) -> None:
+        self.groups, self.covariances = groups, covariances
+        self.shapes = {name: tensor.shape for name, tensor in tensors(groups.network)}
+        self.sums: dict[str, _Sums] = {}
+
+    def add(self, reader: Reader, tensor: Tensor, total: Tensor) -> None:
+        """Take what a reader reads, and its sum ``(C,)``; nothing if no bias of its weight can carry a constant."""
+        if reader.weight is None or not reader.foldable:
+            return
+        width = len(total)
+        rows = tensor.movedim(reader.dim, -1)
+        rows = rows.reshape(len(rows) if reader.dim else 1, -1, width)  # (N, positions, C)
+        count = rows.shape[0] * rows.shape[1]
+        seen = _Sums(total.double(), count)
+        if self.covariances and width == self.shapes[reader.weight][reader.axis] and width <= WIDEST:
+            # Odd: a stride that divides the width of the image would see some of its columns only.
+            stride = -(-rows.shape[1] // POSITIONS) | 1
+            rows = rows[:, ::stride].flatten(0, 1).float()
+            seen = replace(
+                seen, samples=len(rows), sampled=rows.sum(0).double(), products=(rows.T @ rows).double()
+            )
+        known = self.sums.get(reader.weight)
+        self.sums[reader.weight] = seen if known is None else known + seen
+
+    def statistics(self) -> dict[str, InputStatistics]:
+        """By weight, over the images of all processes."""
+        parts = distributed.gather({weight: sums.cpu() for weight, sums in self.sums.items()})
+        weights = dict.fromkeys(weight for part in parts for weight in part)
+        return {
+            weight: reduce(operator.add, (part[weight] for part in parts if weight in part)).statistics()
+            for weight in weights
+        }
 
 
 def zeros(
@@ -121,44 +187,19 @@ def _losses(
     return list(lost.items())
 
 
-def _on_cpu(
-    sums: Mapping[str, tuple[Tensor, Tensor | None, int]],
-) -> dict[str, tuple[Tensor, Tensor | None, int]]:
-    return {
-        weight: (total.cpu(), None if products is None else products.cpu(), count)
-        for weight, (total, products, count) in sums.items()
-    }
-
-
 class _Watch(fx.Interpreter):
     """Runs a network and sums up what its readers read."""
 
-    def __init__(
-        self, network: Network, groups: Groups, sums: dict[str, tuple[Tensor, Tensor | None, int]]
-    ) -> None:
-        super().__init__(network)
+    def __init__(self, sums: InputSums) -> None:
+        super().__init__(sums.groups.network)
         self.sums = sums
-        self.shapes = {name: tensor.shape for name, tensor in tensors(network)}
         self.readers: dict[fx.Node, list[Reader]] = {}
-        for reader in groups.readers:
-            if reader.weight is not None and reader.foldable:
-                self.readers.setdefault(reader.node, []).append(reader)
+        for reader in sums.groups.readers:
+            self.readers.setdefault(reader.node, []).append(reader)
 
     def run_node(self, n: fx.Node) -> Any:
         for reader in self.readers.get(n, []):
-            arguments, _ = self.fetch_args_kwargs_from_env(n)
-            self.add(reader, arguments[reader.position])
+            tensor = self.fetch_args_kwargs_from_env(n)[0][reader.position]
+            others = [axis for axis in range(tensor.dim()) if axis != reader.dim]
+            self.sums.add(reader, tensor, tensor.float().sum(others) if others else tensor.float())
         return super().run_node(n)
-
-    def add(self, reader: Reader, tensor: Tensor) -> None:
-        assert reader.weight is not None
-        rows = tensor.movedim(reader.dim, -1).flatten(0, -2).float()  # (positions, C)
-        total, products = rows.double().sum(0), None
-        width = rows.shape[1]
-        if width == self.shapes[reader.weight][reader.axis] and width <= WIDEST:
-            products = (rows.T @ rows).double()
-        old = self.sums.get(reader.weight)
-        if old is not None:
-            total += old[0]
-            products = None if products is None or old[1] is None else products + old[1]
-        self.sums[reader.weight] = (total, products, len(rows) + (old[2] if old else 0))

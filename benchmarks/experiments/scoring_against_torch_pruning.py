@@ -40,7 +40,7 @@ from edgeprune.pruning.counting import parameter_terms
 from edgeprune.pruning.graph import trace
 from edgeprune.pruning.groups import find_groups
 from edgeprune.pruning.importance import Scoring, score
-from edgeprune.pruning.replacement import REPLACEMENTS, input_statistics
+from edgeprune.pruning.replacement import REPLACEMENTS
 from edgeprune.pruning.schedule import SCORING_BATCH, PruningOptions
 from edgeprune.pruning.surgery import remove
 
@@ -59,7 +59,7 @@ def ours(detector: Any, found: Batches, replacement: str) -> dict[str, float]:
     network = trace_detector(detector, SIZE).eval()
     groups = find_groups(network)
     traced = time.perf_counter()
-    scoring = Scoring(groups, detector, lambda: found, fold_means=replacement != "zero")
+    scoring = Scoring(groups, detector, lambda: found, replacement=replacement)
     scores = score(PruningOptions().criterion, scoring)
     scored = time.perf_counter()
     choice = choose(
@@ -71,10 +71,7 @@ def ours(detector: Any, found: Batches, replacement: str) -> dict[str, float]:
         limits=Limits(),
         original={layer: len(ids) for layer, ids in groups.outputs.items()},
     )
-    statistics = {}
-    if replacement != "zero":
-        statistics = input_statistics(groups, lambda: (images for images, _ in found))
-    narrow = remove(groups, choice.units, REPLACEMENTS[replacement](groups, choice.units, statistics))
+    narrow = remove(groups, choice.units, REPLACEMENTS[replacement](groups, choice.units, scoring.statistics))
     end = time.perf_counter()
     return {
         "groups_s": traced - start,

@@ -19,11 +19,15 @@ from edgeprune.data.dataset import Dataset
 from edgeprune.detectors.batches import batches
 from edgeprune.detectors.canvases import Canvases
 from edgeprune.detectors.evaluation import evaluate
+from edgeprune.detectors.nanodet import NanoDetG
 from edgeprune.detectors.protocol import Targets
+from edgeprune.detectors.registry import build_detector
 from edgeprune.detectors.training import (
     FineTuneOptions,
     TrainingError,
+    distillation_losses,
     fine_tune,
+    last_parameters,
     recalibrate_batch_norm,
 )
 
@@ -92,6 +96,31 @@ def test_it_learns_and_keeps_the_best_epoch(train: Dataset, select: Dataset) -> 
     assert rates[-1] == pytest.approx(0.02 * LABELS.learning_rate)
 
 
+def test_with_a_teacher_the_held_out_loss_decides(
+    train: Dataset, select: Dataset, trained: TinyDetector
+) -> None:
+    """Of the epochs whose held-out AP is not below the one from before, that with the lowest held-out loss is kept; the
+    loss of the kept weights is what a pass over the held-out images gives."""
+    network = TinyDetector()
+    options = replace(LABELS, distill=True)
+    result = fine_tune(network, network, trained, train, select, options, seed=0)
+    candidates = {
+        (record.epoch, averaged): loss
+        for record in result.epochs
+        for averaged, ap, loss in (
+            (False, record.ap, record.select_loss),
+            (True, record.ema_ap, record.ema_select_loss),
+        )
+        if ap >= result.before.ap
+    }
+    assert (result.best_epoch, result.averaged) == min(candidates, key=candidates.__getitem__)
+    canvases = Canvases(select, network.input_size, network.preprocessing)
+    images = torch.cat([batch.images for batch in batches(canvases, batch_size=4, augmentation=None)])
+    with torch.no_grad():
+        wanted = distillation_losses(network, network(images), trained(images)).mean().item()
+    assert candidates[result.best_epoch, result.averaged] == pytest.approx(wanted, rel=1e-4)
+
+
 def test_what_hurts_is_rolled_back(train: Dataset, select: Dataset, trained: TinyDetector) -> None:
     """A learning rate that destroys the detector leaves it as it was, and the result says so."""
     network = copy.deepcopy(trained)
@@ -116,6 +145,50 @@ def test_frozen_parameters_stay(train: Dataset, select: Dataset) -> None:
     assert not torch.equal(network.output.weight, before["output.weight"])
     with pytest.raises(TrainingError, match="frozen"):
         fine_tune(network, network.requires_grad_(False), None, train, select, LABELS, seed=0)
+
+
+def test_last_layers_make_the_outputs() -> None:
+    """Of NanoDet-g they are the three heads' 1x1 convolutions, of a detector with one head its last layer, frozen or
+    not."""
+    tiny = TinyDetector(batch_norm=True)
+    assert last_parameters(tiny, torch.zeros(1, 3, 64, 64)) == {tiny.output.weight, tiny.output.bias}
+    tiny.output.requires_grad_(False)
+    assert last_parameters(tiny, torch.zeros(1, 3, 64, 64)) == {tiny.output.weight, tiny.output.bias}
+    assert not tiny.output.weight.requires_grad
+    nanodet = NanoDetG((64, 64))
+    expected = {parameter for head in nanodet.heads for parameter in head.output.parameters()}
+    assert last_parameters(nanodet, torch.zeros(1, 3, 64, 64)) == expected
+    yolox = build_detector("yolox-nano", (64, 64))
+    assert last_parameters(yolox, torch.zeros(1, 3, 64, 64)) == {
+        parameter for name, parameter in yolox.named_parameters() if "_preds." in name
+    }
+
+
+def test_the_body_learns_at_its_share(train: Dataset, select: Dataset, tmp_path: Path) -> None:
+    """AdamW's first step moves weights by the rate, here the 2 % where the cosine ends: the last layer's by all
+    of it, others by their share."""
+    network = TinyDetector()
+    before = copy.deepcopy(network.state_dict())
+    options = replace(LABELS, epochs=1, batch_size=24, warmup_epochs=0, body_share=0.1, learning_rate=0.1)
+    checkpoint = tmp_path / "checkpoint.pt"
+    fine_tune(network, network, None, train, select, options, seed=0, checkpoint=checkpoint)
+    after = torch.load(checkpoint, weights_only=True)["network"]
+    moved = {name: (tensor - before[name]).abs().max().item() for name, tensor in after.items()}
+    assert moved["output.weight"] == pytest.approx(2e-3, rel=0.02)
+    assert [moved["body.0.weight"], moved["body.8.weight"]] == pytest.approx([2e-4] * 2, rel=0.02)
+
+
+def test_mosaics_train(train: Dataset, select: Dataset) -> None:
+    """A share of mosaics changes what is learnt, and not with the number of workers."""
+    states = []
+    for mosaic, workers in ((0.0, 1), (0.5, 1), (0.5, 4)):
+        network = TinyDetector()
+        options = replace(LABELS, epochs=3, mosaic=mosaic, workers=workers)
+        fine_tune(network, network, None, train, select, options, seed=0)
+        states.append(network.state_dict())
+    plain, one, four = states
+    assert all(torch.equal(one[name], four[name]) for name in one)
+    assert not torch.equal(plain["output.weight"], one["output.weight"])
 
 
 def test_distillation_needs_no_labels(train: Dataset, select: Dataset, trained: TinyDetector) -> None:

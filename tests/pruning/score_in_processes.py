@@ -19,9 +19,11 @@ if __name__ == "__main__":
             groups = groups_of(seeded(make))
             for images in (5, 1):
                 given = batches(pictures(images)[rank::world])
-                scoring = Scoring(groups, Loss(), given, fold_means=True)  # type: ignore[arg-type]
+                scoring = Scoring(groups, Loss(), given, replacement="linear")  # type: ignore[arg-type]
                 name = f"{make.__name__}, {images} images"
                 for criterion in ("taylor", "taylor-sum", "taylor-weight"):
                     results[f"{name}, {criterion}"] = score(criterion, scoring).tolist()
-                results[f"{name}, means"] = torch.cat(list(scoring.means.values())).tolist()
+                results[f"{name}, means"] = torch.cat(
+                    [each.mean for each in scoring.statistics.values()]
+                ).tolist()
         Path(f"{sys.argv[1]}-{rank}.json").write_text(json.dumps(results))

@@ -37,9 +37,9 @@ def groups_of(module: nn.Module) -> Groups:
 
 
 def scoring_of(
-    groups: Groups, images: Tensor, size: int = 2, fold_means: bool = False, seed: int = 0
+    groups: Groups, images: Tensor, size: int = 2, replacement: str = "zero", seed: int = 0
 ) -> Scoring:
-    return Scoring(groups, Loss(), batches(images, size), fold_means=fold_means, seed=seed)  # type: ignore[arg-type]
+    return Scoring(groups, Loss(), batches(images, size), replacement=replacement, seed=seed)  # type: ignore[arg-type]
 
 
 def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:

@@ -35,6 +35,7 @@ from edgeprune.pruning.importance import (
     find_criterion,
     score,
 )
+from edgeprune.pruning.replacement import InputStatistics
 from edgeprune.pruning.schedule import PruningOptions
 from edgeprune.pruning.surgery import StandIn, masked
 
@@ -47,9 +48,11 @@ def losses(network: nn.Module, images: Tensor) -> Tensor:
         return Loss().loss(network(images), [])
 
 
-def blended(groups: Groups, unit: int, share: float, means: dict[str, Tensor]) -> Network:
+def blended(groups: Groups, unit: int, share: float, statistics: dict[str, InputStatistics]) -> Network:
     """The network in which a unit is a `share` of the way to what stands for it once it is removed."""
-    network = masked(groups, [unit], {weight: StandIn(None, mean) for weight, mean in means.items()}).double()
+    network = masked(
+        groups, [unit], {weight: StandIn(None, each.mean) for weight, each in statistics.items()}
+    ).double()
     for name, value in tensors(network):
         if name.startswith("matrix_"):
             value.copy_(torch.eye(len(value)) + share * (value - torch.eye(len(value))))
@@ -58,25 +61,25 @@ def blended(groups: Groups, unit: int, share: float, means: dict[str, Tensor]) -
     return network
 
 
-def finite_difference(groups: Groups, images: Tensor, means: dict[str, Tensor]) -> np.ndarray:
+def finite_difference(groups: Groups, images: Tensor, statistics: dict[str, InputStatistics]) -> np.ndarray:
     """``(N, units + 1)``: derivative of each image's loss as a unit goes, by central differences."""
     slopes = np.zeros((len(images), groups.units + 1))
     for unit in range(1, groups.units + 1):
         after, before = (
-            losses(blended(groups, unit, share, means), images.double()) for share in (1e-4, -1e-4)
+            losses(blended(groups, unit, share, statistics), images.double()) for share in (1e-4, -1e-4)
         )
         slopes[:, unit] = ((after - before) / 2e-4).numpy()
     return slopes
 
 
 @wirings
-@pytest.mark.parametrize("fold_means", [False, True], ids=["zero", "mean"])
-def test_estimates_are_the_derivative_of_the_loss(make: Callable[[], nn.Module], fold_means: bool) -> None:
+@pytest.mark.parametrize("replacement", ["zero", "mean"])
+def test_estimates_are_the_derivative_of_the_loss(make: Callable[[], nn.Module], replacement: str) -> None:
     """The signed estimate equals the change of the loss, per part removed, when a unit fades to what replaces
     it. In residual additions summands keep their signs; depthwise and gate chains count once; attention too."""
     groups, images = groups_of(seeded(make)), pictures(4)
-    scoring = scoring_of(groups, images, 2, fold_means)
-    wanted = finite_difference(groups, images, scoring.means)
+    scoring = scoring_of(groups, images, 2, replacement)
+    wanted = finite_difference(groups, images, scoring.statistics)
     assert groups.units > 0
     assert np.abs(wanted[:, 1:]).max() > 0.1
     np.testing.assert_allclose(
@@ -122,22 +125,26 @@ def test_scores_do_not_depend_on_the_batch_size(make: Callable[[], nn.Module], c
     """One image at a time, all at once or an uneven last batch: the same scores and means, also where the
     batch is not the first axis of what is read."""
     groups, images = groups_of(seeded(make)), pictures(7)
-    whole = scoring_of(groups, images, 7, fold_means=True)
+    whole = scoring_of(groups, images, 7, replacement="linear")
     wanted = score(criterion, whole)
     for size in (1, 3):
-        parts = scoring_of(groups, images, size, fold_means=True)
+        parts = scoring_of(groups, images, size, replacement="linear")
         np.testing.assert_allclose(
             score(criterion, parts)[1:], wanted[1:], rtol=1e-4, atol=1e-5 * wanted.max()
         )
-        for weight, mean in whole.means.items():
-            torch.testing.assert_close(parts.means[weight], mean, rtol=1e-5, atol=1e-6)
+        for weight, wanted_statistics in whole.statistics.items():
+            found = parts.statistics[weight]
+            torch.testing.assert_close(found.mean, wanted_statistics.mean, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found.covariance, wanted_statistics.covariance, rtol=1e-4, atol=1e-5)
 
 
 @wirings
 def test_means_are_what_the_readers_see(make: Callable[[], nn.Module]) -> None:
-    """The mean of each weight's input over images and positions, by another run of the traced graph."""
+    """The mean of each weight's input over images and positions, by another run of the traced graph: with the
+    readings of a criterion, and in a pass of their own for one that reads nothing."""
     groups, images = groups_of(seeded(make)), pictures(5)
-    means = scoring_of(groups, images, 2, fold_means=True).means
+    alone, together = (scoring_of(groups, images, 2, replacement="mean") for _ in range(2))
+    score("taylor", together)
     seen: dict[str, Tensor] = {}
 
     class Watch(torch.fx.Interpreter):
@@ -150,9 +157,10 @@ def test_means_are_what_the_readers_see(make: Callable[[], nn.Module]) -> None:
 
     with torch.no_grad():
         Watch(groups.network).run(images)
-    assert means.keys() == seen.keys() != set()
-    for weight, mean in means.items():
-        torch.testing.assert_close(mean, seen[weight], rtol=1e-4, atol=1e-5)
+    for statistics in (alone.statistics, together.statistics):
+        assert statistics.keys() == seen.keys() != set()
+        for weight, found in statistics.items():
+            torch.testing.assert_close(found.mean.float(), seen[weight], rtol=1e-4, atol=1e-5)
 
 
 def test_a_head_used_twice_counts_both_uses() -> None:
@@ -169,8 +177,8 @@ def test_a_head_used_twice_counts_both_uses() -> None:
             return torch.cat([self.z(torch.tanh(self.head(level))).flatten(1) for level in levels], 1)
 
     groups, images = groups_of(seeded(Shared)), pictures(3)
-    scoring = scoring_of(groups, images, 3, fold_means=True)
-    wanted = finite_difference(groups, images, scoring.means)
+    scoring = scoring_of(groups, images, 3, replacement="linear")
+    wanted = finite_difference(groups, images, scoring.statistics)
     np.testing.assert_allclose(
         scoring.first_order(per_position=False)[:, 1:], wanted[:, 1:], rtol=1e-3, atol=1e-4
     )
@@ -197,7 +205,7 @@ def test_a_gradient_that_is_not_finite_names_its_reader() -> None:
         def loss(self, raw: Tensor, targets: object) -> Tensor:
             return (raw * 0).sqrt().flatten(1).sum(1)
 
-    scoring = Scoring(groups_of(seeded(Chain)), Root(), batches(pictures(2)), fold_means=False)  # type: ignore[arg-type]
+    scoring = Scoring(groups_of(seeded(Chain)), Root(), batches(pictures(2)))  # type: ignore[arg-type]
     with pytest.raises(ImportanceError, match=r"^z: the gradient"):
         score("taylor", scoring)
 
@@ -333,8 +341,8 @@ def test_the_network_is_left_as_it_was(criterion: str) -> None:
     network.get_parameter("a.weight").requires_grad_(False)
     before = {name: (p.requires_grad, p.detach().clone()) for name, p in network.named_parameters()}
     groups = find_groups(network)
-    score(criterion, scoring_of(groups, pictures(2), fold_means=True))
-    broken = scoring_of(groups, pictures(2) * float("nan"), fold_means=True)
+    score(criterion, scoring_of(groups, pictures(2), replacement="linear"))
+    broken = scoring_of(groups, pictures(2) * float("nan"), replacement="linear")
     if criterion.startswith("taylor"):
         with pytest.raises(ImportanceError, match="NaN"):
             score(criterion, broken)
@@ -349,7 +357,7 @@ def test_scoring_keeps_nothing_of_a_pass() -> None:
     """Scoring again and again keeps no more tensors alive (a tap that leads back to its graph is never freed)."""
 
     def alive() -> int:
-        scoring = scoring_of(CHAIN, pictures(4), fold_means=True)
+        scoring = scoring_of(CHAIN, pictures(4), replacement="linear")
         score("taylor", scoring)
         del scoring
         gc.collect()
@@ -441,7 +449,7 @@ def test_taylor_agrees_with_the_truth(shared: Path) -> None:
         (batch.images, batch.targets) for batch in image_batches(canvases, batch_size=8, augmentation=None)
     ]
     groups = find_groups(trace(detector, torch.zeros(1, 3, 320, 320)).eval())
-    scoring = Scoring(groups, detector, lambda: found, fold_means=False)
+    scoring = Scoring(groups, detector, lambda: found)
     order = np.random.default_rng(1)
     share = 160 / groups.units
     sample = [

@@ -25,7 +25,7 @@ def test_statistics_are_those_of_numpy() -> None:
     """Mean and covariance over images and positions, in any division into batches, equal numpy's."""
     module = network()
     groups, pictures = groups_of(module)
-    found = input_statistics(groups, lambda: iter([pictures[:1], pictures[1:]]))["2.weight"]
+    found = input_statistics(groups, lambda: iter([pictures[:1], pictures[1:]]), True)["2.weight"]
     rows = module[:2](pictures).detach().movedim(1, -1).reshape(-1, 8).double().numpy()
     np.testing.assert_allclose(found.mean.numpy(), rows.mean(0), atol=1e-6)
     assert found.covariance is not None
@@ -37,7 +37,7 @@ def test_removal_equals_the_stand_in(replacement) -> None:  # type: ignore[no-un
     """The narrowed network is the original that reads the stand-in where a channel was, without padding."""
     groups, pictures = groups_of(network())
     units = [1, 4, 5]
-    stand_ins = replacement(groups, units, input_statistics(groups, lambda: iter([pictures])))
+    stand_ins = replacement(groups, units, input_statistics(groups, lambda: iter([pictures]), True))
     narrow = remove(groups, units, stand_ins)
     assert largest_difference(masked(groups, units, stand_ins), narrow, (pictures,)) < 1e-5
 
@@ -47,7 +47,7 @@ def test_predictions_are_ridge_regression() -> None:
     module = network()
     groups, pictures = groups_of(module)
     units = [2, 3]
-    found = predictions(groups, units, input_statistics(groups, lambda: iter([pictures])))["2.weight"]
+    found = predictions(groups, units, input_statistics(groups, lambda: iter([pictures]), True))["2.weight"]
     rows = module[:2](pictures).detach().movedim(1, -1).reshape(-1, 8).double().numpy()
     gone = np.isin(groups.channels("0"), units)
     kept, lost = rows[:, ~gone], rows[:, gone]
@@ -71,7 +71,7 @@ def test_repeated_and_constant_channels_go_without_a_trace() -> None:
     groups, pictures = groups_of(module)
     units = {int(groups.channels("0")[channel]) for channel in (3, 5)}
     narrow = remove(
-        groups, units, predictions(groups, units, input_statistics(groups, lambda: iter([pictures])))
+        groups, units, predictions(groups, units, input_statistics(groups, lambda: iter([pictures]), True))
     )
     # The ridge keeps a prediction a little short of perfect.
     assert largest_difference(groups.network, narrow, (pictures,)) < 5 * RIDGE
@@ -82,7 +82,7 @@ def test_predictions_beat_means_beat_zeros() -> None:
     module = network(nn.Conv2d(8, 8, 1), nn.SiLU())
     groups, pictures = groups_of(module)
     units = [1, 2, 9, 10]
-    statistics = input_statistics(groups, lambda: iter([pictures]))
+    statistics = input_statistics(groups, lambda: iter([pictures]), True)
     distances = []
     for replacement in (predictions, means, zeros):
         narrow = remove(groups, units, replacement(groups, units, statistics))
@@ -97,7 +97,7 @@ def test_grouped_inputs_leave_their_mean() -> None:
         nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 2, 1)
     ).eval()
     groups, pictures = groups_of(module)
-    statistics = input_statistics(groups, lambda: iter([pictures]))
+    statistics = input_statistics(groups, lambda: iter([pictures]), True)
     assert statistics["2.weight"].covariance is None
     unit = int(groups.channels("0")[0])
     stand_ins = predictions(groups, [unit], statistics)

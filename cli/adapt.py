@@ -7,11 +7,14 @@ import typer
 
 from edgeprune.cli import Json, Resume, Verbose, app
 from edgeprune.cli.run_options import (
+    BodyShare,
     Classes,
     Detector,
     InputSize,
     LearningRate,
+    Mosaic,
     Seed,
+    Strict,
     TrainDevice,
     TrainImages,
     ValImages,
@@ -62,10 +65,13 @@ def _adapt(
             min=2, help="First epoch that trains what is frozen. Default: none.", show_default=False
         ),
     ] = None,
-    learning_rate: LearningRate = 1e-3,
+    learning_rate: LearningRate = 1e-2,
+    body_share: BodyShare = 0.001,
+    mosaic: Mosaic = 0.0,
     train_device: TrainDevice = "auto",
     seed: Seed = 0,
     resume: Resume = False,
+    strict: Strict = False,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -77,19 +83,20 @@ def _adapt(
     from edgeprune.cli.config import absolute_detector, class_names
     from edgeprune.cli.output import print_json, print_rows
     from edgeprune.cli.progress import progress
+    from edgeprune.cli.run_folder import contents_of
     from edgeprune.data.files import sha256_of
     from edgeprune.detectors.adaptation import AdaptOptions
     from edgeprune.detectors.evaluation import evaluate
     from edgeprune.detectors.registry import load_detector, slug
 
-    options = AdaptOptions(epochs, learning_rate, tuple(freeze), unfreeze_epoch)
+    options = AdaptOptions(epochs, learning_rate, body_share, mosaic, tuple(freeze), unfreeze_epoch)
     names, name = class_names(classes), absolute_detector(detector)
     device = training_device(train_device)
     size = (input_size, input_size)
     folder = out or Path("adapted") / f"{slug(name)}-{'-'.join(names)}"
     run = adaptation_folder(folder, resume=resume)
-    labelled = load_labels(train, train_images, names)
-    reported = load_labels(val, val_images, names) if val else None
+    labelled = load_labels(train, train_images, names, strict=strict)
+    reported = load_labels(val, val_images, names, strict=strict) if val else None
     loaded = load_detector(name, weights, size, names)
     request = Request(
         name,
@@ -98,6 +105,7 @@ def _adapt(
         *labelled.hold_out(SELECT_SHARE, seed),
         options=options,
         seed=seed,
+        data=contents_of(labelled),
     )
     with run.lock():
         before = None

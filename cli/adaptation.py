@@ -38,6 +38,8 @@ class Request:
     select: Dataset
     options: AdaptOptions
     seed: int
+    data: Mapping[str, Any]
+    """What the labels, before anything was held out, hold and had to drop: `contents_of`."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -66,7 +68,7 @@ def adapt_in(folder: Path, request: Request, device: str) -> dict[str, Any]:
     asked = {"schema_version": SCHEMA_VERSION, **request.to_json()}
     record = _begun(folder, asked)
     if record is None:
-        record = asked
+        record = {**asked, "data": dict(request.data)}
         folder.mkdir(exist_ok=True)
         write_json(folder / RECORD, record)
     if "result" not in record:
@@ -82,7 +84,7 @@ def adapt_in(folder: Path, request: Request, device: str) -> dict[str, Any]:
             device=device,
         )
         save_weights(folder / WEIGHTS, request.name, request.detector)
-        record = {**asked, "result": _result(result, sha256_of(folder / WEIGHTS))}
+        record = {**record, "result": _result(result, sha256_of(folder / WEIGHTS))}
         write_json(folder / RECORD, record)
     for checkpoint in folder.glob("checkpoint*.pt"):
         checkpoint.unlink()

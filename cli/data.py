@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgeprune.cli import Json, Verbose, app
-from edgeprune.cli.run_options import InputSize, Seed, Weights
+from edgeprune.cli.run_options import InputSize, Seed, Strict, Weights
 
 if TYPE_CHECKING:
     from edgeprune.data.dataset import Dataset
 
 PROBLEMS_SHOWN = 20
+NOTES = {"box_heights_px": " (smallest, quartiles, largest)"}
 
 data_app = typer.Typer(
     no_args_is_help=True,
@@ -39,10 +40,6 @@ Classes = Annotated[
         show_default=False,
     ),
 ]
-Strict = Annotated[
-    bool,
-    typer.Option("--strict", help="Decode every image, and fail if anything had to be dropped or clipped."),
-]
 Out = Annotated[Path, typer.Option(help="COCO JSON to write.", show_default=False)]
 
 
@@ -53,7 +50,9 @@ def _inspect(
     classes: Classes = None,
     preview: Annotated[
         Path | None,
-        typer.Option(help="PNG to write: a sheet of images with their boxes.", show_default=False),
+        typer.Option(
+            help="PNG to write: a sheet of images of each part with their boxes.", show_default=False
+        ),
     ] = None,
     strict: Strict = False,
     json: Json = False,
@@ -61,6 +60,7 @@ def _inspect(
 ) -> None:
     """Recognise a data set's format and print what it holds, with its problems by file and line."""
     import cv2
+    import numpy as np
 
     from edgeprune.cli.output import print_json
     from edgeprune.data.files import write_bytes
@@ -68,23 +68,18 @@ def _inspect(
     from edgeprune.data.summary import preview as sheet
     from edgeprune.data.summary import summarise
 
-    paths = parts(source)
-    if preview is not None and len(paths) > 1:
-        raise typer.BadParameter(f"--preview shows one part: {', '.join(map(str, paths))}")
-    summaries = []
-    for path in paths:
-        dataset = _load(path, images, classes, strict=strict)
-        summary = asdict(summarise(dataset))
-        summaries.append(summary)
-        if preview is not None:
-            write_bytes(preview, cv2.imencode(".png", sheet(dataset))[1].tobytes())
+    datasets = [_load(path, images, classes, strict=strict) for path in parts(source)]
+    summaries = [asdict(summarise(dataset)) for dataset in datasets]
+    if preview is not None:
+        sheets = np.concatenate([sheet(dataset) for dataset in datasets])
+        write_bytes(preview, cv2.imencode(".png", sheets)[1].tobytes())
     if json:
         print_json(summaries[0] if len(summaries) == 1 else summaries)
         return
     for summary in summaries:
         problems = summary.pop("problems")
         for name, value in summary.items():
-            typer.echo(f"{name.replace('_', ' '):22}{_shown(value)}")
+            typer.echo(f"{name.replace('_', ' '):22}{_shown(value)}{NOTES.get(name, '')}")
         typer.echo(f"{'problems':22}{len(problems)}")
         for problem in problems[:PROBLEMS_SHOWN]:
             typer.echo(f"  {problem}")
@@ -102,7 +97,9 @@ def _convert(
     verbose: Verbose = False,
 ) -> None:
     """Write a data set as COCO JSON; the images stay where they are."""
-    _write(_load(source, images, classes, strict=strict), out)
+    dataset = _load(source, images, classes, strict=strict)
+    _tell_dropped(dataset)
+    _write(dataset, out)
 
 
 @data_app.command("split")
@@ -124,11 +121,13 @@ def _split(
     from edgeprune.cli.run_folder import RunError
     from edgeprune.data.splitting import split
 
-    train, val = split(_load(source, images, classes, strict=strict), share, seed)
+    dataset = _load(source, images, classes, strict=strict)
+    train, val = split(dataset, share, seed)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"cannot make the folder {out}: {error.strerror}") from error
+    _tell_dropped(dataset)
     _write(train, out / "train.json")
     _write(val, out / "val.json")
 
@@ -160,6 +159,7 @@ def _autolabel(
     dataset = load_images(source, every).decodable()
     with progress(f"labelling {len(dataset)} images") as update:
         found = detect(network, network, dataset, progress=update)  # type: ignore[arg-type]
+    _tell_dropped(dataset)
     _write(labelled_by(dataset, found, threshold), out)
 
 
@@ -176,14 +176,21 @@ def _load(path: Path, images: Path | None, classes: str | None, *, strict: bool)
     return dataset
 
 
+def _tell_dropped(dataset: "Dataset") -> None:
+    found = dataset.contents
+    if dataset.problems:
+        dropped = f"{found.dropped_images} images and {found.dropped_boxes} boxes were dropped"
+        typer.echo(
+            f"{dataset.path}: {dropped}, {found.clipped_boxes} boxes cut: `edgeprune data inspect` lists them"
+        )
+
+
 def _write(dataset: "Dataset", out: Path) -> None:
     from edgeprune.data.writing import write_coco
 
     folder = write_coco(dataset, out)
     boxes = sum(len(sample.boxes) for sample in dataset.samples)
-    typer.echo(
-        f"{out}: {len(dataset)} images, {boxes} boxes, {len(dataset.problems)} problems dropped or cut"
-    )
+    typer.echo(f"{out}: {len(dataset)} images, {boxes} boxes")
     if folder is not None:
         typer.echo(
             f"its images are in {folder}: name this folder where you use it (--train-images, --images)"
@@ -191,6 +198,8 @@ def _write(dataset: "Dataset", out: Path) -> None:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, dict | list | tuple) and not value:
+        return "none"
     if isinstance(value, dict):
         shown = [f"{name}: {count}" for name, count in list(value.items())[:6]]
         return ", ".join(shown) + (f", ... {len(value)} in all" if len(value) > len(shown) else "")

@@ -10,7 +10,7 @@ import itertools
 import logging
 import math
 import stat
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -54,6 +54,21 @@ class Sample:
     """``(K,)``."""
     frame: Frame | None = None
     """Its place in a video, also where the frame is stored as an image; None for a still."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """How much of a data set can be used, and how much had to go."""
+
+    images: int
+    boxes: int
+    """Without the ignored ones."""
+    ignored_boxes: int
+    dropped_images: int
+    dropped_boxes: int
+    """Unusable by themselves; those of dropped images go uncounted."""
+    clipped_boxes: int
+    """More than a pixel outside their image, and cut."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +148,10 @@ class Dataset:
         """
         problems = [
             Problem(
-                self.samples[index].file_name, f"image {self.samples[index].image_id}", f"{what}; dropped"
+                self.samples[index].file_name,
+                f"image {self.samples[index].image_id}",
+                f"{what}; dropped",
+                lost="image",
             )
             for index, what in reasons.items()
         ]
@@ -177,6 +195,20 @@ class Dataset:
         log.warning("%s: dropped %d images, first %s", self.path, len(reasons), kept.problems[-len(reasons)])
         return kept
 
+    @property
+    def contents(self) -> Contents:
+        """Counts of the samples, and of all problems on the way to them."""
+        ignored = sum(int(sample.ignore.sum()) for sample in self.samples)
+        lost = Counter(problem.lost for problem in self.problems)
+        return Contents(
+            images=len(self),
+            boxes=sum(len(sample.boxes) for sample in self.samples) - ignored,
+            ignored_boxes=ignored,
+            dropped_images=lost["image"],
+            dropped_boxes=lost["box"],
+            clipped_boxes=lost["nothing"],
+        )
+
     def refuse_problems(self) -> None:
         """For who wants a data set that needs no repair.
 
@@ -186,7 +218,7 @@ class Dataset:
         if self.problems:
             raise DataError(
                 f"{self.path}: {len(self.problems)} images or boxes cannot be used as they are, first "
-                f"{self.problems[0]}"
+                f"{self.problems[0]}; `edgeprune data inspect` lists them"
             )
 
     def hold_out(self, share: float, seed: int) -> tuple["Dataset", "Dataset"]:
@@ -262,9 +294,10 @@ def _checked(labels: Labels, classes: Sequence[str] | None) -> Dataset:
     kept, category_ids = _read_categories(labels, classes, problems)
     found = _read_images(labels, problems)
     if not found.entries:
-        first = f"; first problem: {problems[0]}" if problems else ""
+        first = f" First problem: {problems[0]}" if problems else ""
         raise DataError(
-            f"{labels.path}: none of its {len(labels.images)} images in {labels.root} can be used{first}"
+            f"{labels.path}: none of its {len(labels.images)} images in {labels.root} can be used; are they in another "
+            f"folder (--images, --train-images, --val-images)?{first}"
         )
     annotations = _read_annotations(labels, found, category_ids, problems)
 
@@ -347,7 +380,7 @@ def _read_categories(
     for category, file, where in labels.categories:
         number, name = _get(category, "id"), _get(category, "name")
         if not _is_id(number) or not isinstance(name, str) or number in names:
-            problems.append(Problem(file, where, "needs an id of its own and a name; dropped"))
+            problems.append(Problem(file, where, "needs an id of its own and a name; dropped", lost="class"))
         else:
             names[number] = name
     known = ", ".join(sorted(set(names.values()))) or "none"
@@ -396,7 +429,7 @@ def _read_images(labels: Labels, problems: list[Problem]) -> _Images:
                 raise _Unusable(f"its id {number} belongs to another image")
             found.entries[number] = _read_image(image, labels, files, found)
         except _Unusable as unusable:
-            problems.append(Problem(file, where, f"{unusable}; dropped"))
+            problems.append(Problem(file, where, f"{unusable}; dropped", lost="image"))
             if _is_id(number):
                 found.dropped.add(number)
     return found
@@ -466,12 +499,13 @@ def _read_annotations(
         try:
             entry, outside = _read_annotation(annotation, labels, seen, images, category_ids) or (None, 0)
         except _Unusable as unusable:
-            problems.append(Problem(file, where, f"{unusable}; dropped"))
+            problems.append(Problem(file, where, f"{unusable}; dropped", lost="box"))
             continue
         if entry is None:
             continue
         if outside > CLIP_TOLERANCE and not labels.amodal:
-            problems.append(Problem(file, where, f"bbox reaches {outside:g} px outside the image; clipped"))
+            what = f"bbox reaches {outside:g} px outside the image; clipped"
+            problems.append(Problem(file, where, what, lost="nothing"))
         found.append({"id": len(found) + 1, **entry})  # pycocotools takes a match with id 0 for none
     return found
 

@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from edgeprune.data.errors import DataError
 
@@ -21,6 +21,8 @@ class Problem:
     """Place in the file."""
     what: str
     """What is wrong, and what was done."""
+    lost: Literal["image", "box", "class", "nothing"]
+    """What the data set has one less of; nothing where a box was only cut."""
 
     def __post_init__(self) -> None:
         for name, text in vars(self).items():  # a file's name need not be text that can be printed
@@ -88,9 +90,9 @@ class Labels:
             return self._hashes[0]
         return hashlib.sha256("\n".join(self._hashes).encode()).hexdigest()
 
-    def problem(self, file: Path, where: str, what: str) -> None:
+    def problem(self, file: Path, where: str, what: str, lost: Literal["image", "box"] = "box") -> None:
         """List something that the reader itself could not use."""
-        self.problems.append(Problem(str(file), where, what))
+        self.problems.append(Problem(str(file), where, what, lost))
 
     def add_class(self, name: str, where: str = "") -> int:
         """Add a class, unless it is known; returns its id."""

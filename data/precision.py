@@ -2,8 +2,9 @@
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,20 @@ class ImageDetections:
 AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
 """COCO's sizes of boxes, square pixels."""
 
+OPERATING_THRESHOLD = 0.3
+"""Score from which detections count where nobody chose one: below it, most are false."""
+
 FALSE_PER_IMAGE = 0.1
 """At which the miss rate is stated."""
+
+
+# fmt: off
+QUALITY_FIGURES = (
+    "ap_small", "ap_medium", "ap_large", "ap_low", "ap_high", "ap50_low", "ap50_high",
+    "threshold", "precision_at_threshold", "recall_at_threshold", "miss_rate",
+)
+"""Names of what `DetectionQuality` says, in tables."""
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,24 @@ class DetectionQuality:
     """Smallest share of missed boxes with at most 0.1 false detections an image, at IoU 0.5 (Dollar et al.
     2012, doi:10.1109/TPAMI.2011.155); 1 where even the best detection is false too often."""
 
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "DetectionQuality":
+        """Read what `dataclasses.asdict` gave; TypeError or KeyError if a field is missing or unknown."""
+        intervals = {name: Interval(**record[name]) for name in ("ap_interval", "ap50_interval")}
+        return cls(**{**record, **intervals})
+
+    def figures(self) -> dict[str, float | None]:
+        """All figures by the names in `QUALITY_FIGURES`."""
+        by_size = (self.ap_small, self.ap_medium, self.ap_large)
+        intervals = (
+            self.ap_interval.low,
+            self.ap_interval.high,
+            self.ap50_interval.low,
+            self.ap50_interval.high,
+        )
+        at_threshold = (self.threshold, self.precision, self.recall)
+        return dict(zip(QUALITY_FIGURES, (*by_size, *intervals, *at_threshold, self.miss_rate), strict=True))
+
 
 def average_precision(dataset: Dataset, detections: Sequence[ImageDetections]) -> AveragePrecision:
     """Score detections as COCO does: best 100 an image, all areas; one on a crowd is neither right nor wrong.
@@ -106,7 +137,7 @@ def average_precision(dataset: Dataset, detections: Sequence[ImageDetections]) -
 def detection_quality(
     dataset: Dataset,
     detections: Sequence[ImageDetections],
-    threshold: float,
+    threshold: float = OPERATING_THRESHOLD,
     *,
     seed: int = 0,
     replicates: int = 1000,
@@ -123,7 +154,7 @@ def detection_quality(
     evaluation = _evaluate(dataset, detections, list(AREAS))
     precision = evaluation.eval["precision"][:, :, 0, :, -1].mean((0, 1))  # (areas,); -1: no box of the size
     by_size = [None if value < 0 else float(value) for value in precision]
-    matches = _Matches.of(evaluation)
+    matches = Matches.of(evaluation)
 
     rng, images = np.random.default_rng(seed), len(dataset)
     drawn = []
@@ -150,8 +181,14 @@ def detection_quality(
     )
 
 
+def match_detections(dataset: Dataset, detections: Sequence[ImageDetections]) -> "Matches":
+    """Which detections are right: the best 100 of each image, all areas; arguments as `average_precision`."""
+    _check(dataset, detections)
+    return Matches.of(_evaluate(dataset, detections, ["all"]))
+
+
 @dataclass(frozen=True, eq=False)
-class _Matches:
+class Matches:
     """pycocotools' matches of all detections, best score first."""
 
     scores: NDArray[np.float64]
@@ -168,7 +205,7 @@ class _Matches:
     """``(101,)`` at which COCO reads precision."""
 
     @classmethod
-    def of(cls, evaluation: COCOeval) -> "_Matches":
+    def of(cls, evaluation: COCOeval) -> "Matches":
         ids = evaluation.params.imgIds
         images: list[dict[str, Any] | None] = evaluation.evalImgs[: len(ids)]  # of the first area, all
         filled = [(position, image) for position, image in enumerate(images) if image is not None]
@@ -199,14 +236,30 @@ class _Matches:
         if boxes == 0:
             return None
         weights = times[self.image]
+        # Precision peaks where something is found: most detections, wrong at each IoU, are only counted.
+        places, hit, wrong = self._found
+        always_wrong = np.cumsum(self._always_wrong * weights)[places]
+        hits = np.cumsum(hit * weights[places], axis=1)
+        errors = np.cumsum(wrong * weights[places], axis=1) + always_wrong
+        precision = hits / np.maximum(hits + errors, 1)
+        envelopes = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
         found = np.zeros(len(self.hit))
-        for level, (hit, wrong) in enumerate(zip(self.hit, self.wrong, strict=True)):
-            hits, errors = np.cumsum(hit * weights), np.cumsum(wrong * weights)
-            precision = hits / np.maximum(hits + errors, 1)
-            envelope = np.maximum.accumulate(precision[::-1])[::-1]
-            at = np.searchsorted(hits / boxes, self.recalls)
+        for level, envelope in enumerate(envelopes):
+            at = np.searchsorted(hits[level] / boxes, self.recalls)
             found[level] = envelope[at[at < len(envelope)]].sum() / len(self.recalls)
         return found
+
+    @cached_property
+    def _found(self) -> tuple[NDArray[np.intp], NDArray[np.bool_], NDArray[np.bool_]]:
+        """Positions ``(F,)`` of what is not wrong at each IoU, and `hit` and `wrong` there, ``(10, F)``."""
+        places = np.flatnonzero(~self._always_wrong)
+        return places, self.hit[:, places], self.wrong[:, places]
+
+    @cached_property
+    def _always_wrong(self) -> NDArray[np.bool_]:
+        """``(D,)``."""
+        always: NDArray[np.bool_] = np.logical_and.reduce(self.wrong)
+        return always
 
 
 def _check(dataset: Dataset, detections: Sequence[ImageDetections]) -> int:

@@ -31,6 +31,9 @@ class Summary:
     videos: int
     boxes: int
     ignored_boxes: int
+    dropped_images: int
+    dropped_boxes: int
+    clipped_boxes: int
     boxes_per_image_mean: float
     boxes_per_image_max: int
     box_heights_px: tuple[float, ...]
@@ -47,6 +50,7 @@ class Summary:
 
 def summarise(dataset: Dataset) -> Summary:
     """Count what a data set holds."""
+    contents = dataset.contents
     counts = [int((~sample.ignore).sum()) for sample in dataset.samples]
     boxes = np.concatenate([sample.boxes[~sample.ignore] for sample in dataset.samples]).astype(float)
     sides = boxes[:, 2:] - boxes[:, :2]
@@ -66,8 +70,11 @@ def summarise(dataset: Dataset) -> Summary:
         images=len(dataset),
         images_without_boxes=counts.count(0),
         videos=len({sample.frame.video for sample in dataset.samples if sample.frame}),
-        boxes=sum(counts),
-        ignored_boxes=sum(int(sample.ignore.sum()) for sample in dataset.samples),
+        boxes=contents.boxes,
+        ignored_boxes=contents.ignored_boxes,
+        dropped_images=contents.dropped_images,
+        dropped_boxes=contents.dropped_boxes,
+        clipped_boxes=contents.clipped_boxes,
         boxes_per_image_mean=float(np.mean(counts)),
         boxes_per_image_max=max(counts),
         box_heights_px=tuple(np.percentile(sides[:, 1], (0, 25, 50, 75, 100)).tolist()) if len(sides) else (),
@@ -85,9 +92,10 @@ def preview(dataset: Dataset, columns: int = 4, rows: int = 4) -> NDArray[np.uin
     An image that does not decode stays black.
     """
     chosen = np.linspace(0, len(dataset) - 1, min(columns * rows, len(dataset))).round().astype(int)
-    sheet = np.zeros((-(-len(chosen) // columns) * CELL, columns * CELL, 3), np.uint8)
-    for place, index in enumerate(chosen.tolist()):
-        cell = _cell(dataset, index)
+    shown = dataset.subset(chosen.tolist())  # of a video, only these frames are extracted
+    sheet = np.zeros((-(-len(shown) // columns) * CELL, columns * CELL, 3), np.uint8)
+    for place in range(len(shown)):
+        cell = _cell(shown, place)
         top, left = place // columns * CELL, place % columns * CELL
         sheet[top : top + cell.shape[0], left : left + cell.shape[1]] = cell
     return sheet

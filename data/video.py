@@ -4,6 +4,7 @@ A frame is named by its number in decoding order, from 0. Seeking is not exact i
 is decoded from its start, once, and the frames that labels name are kept as PNGs in the user's cache.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from functools import lru_cache
@@ -65,6 +66,22 @@ def count_frames(video: Path) -> int:
         return count
     finally:
         capture.release()
+
+
+def frames_per_second(video: Path) -> float:
+    """The rate that a video's header says.
+
+    Raises:
+        DataError: If it does not open, or says none.
+    """
+    capture = _open(video)
+    try:
+        rate = float(capture.get(cv2.CAP_PROP_FPS))
+    finally:
+        capture.release()
+    if not (math.isfinite(rate) and rate > 0):
+        raise DataError(f"{video} does not say its frames per second")
+    return rate
 
 
 def frame_path(video: Path, number: int, also: Iterable[int] = ()) -> Path:

@@ -26,7 +26,12 @@ class AdaptOptions:
 
     epochs: int = 20
     """Passes over the training images; 0 keeps the rows and trains nothing."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-2
+    """Of the last layers, which make the outputs and may know their classes badly or not at all."""
+    body_share: float = 0.001
+    """Of the learning rate, for all other layers: what they know serves new classes too. 1 for random weights."""
+    mosaic: float = 0.0
+    """Share of the training images that are put together from four."""
     freeze: tuple[str, ...] = ()
     """Parameters and layers, by name or glob pattern, that stay as they are."""
     unfreeze_epoch: int | None = None
@@ -95,8 +100,10 @@ def adapt(
                     FineTuneOptions(
                         epochs=epochs,
                         learning_rate=options.learning_rate,
-                        # Its steps follow the gradient's size: new rows move far, what is good already stays.
+                        body_share=options.body_share,
+                        # Its steps follow the gradient's size: new rows move far, good ones beside them stay.
                         optimizer="sgd",
+                        mosaic=options.mosaic,
                         distill=False,
                         recalibrate=False,
                     ),

@@ -33,7 +33,8 @@ def read_labels(path: Path, images: Path | None) -> Labels:
     if suffix in VIDEO_SUFFIXES:
         raise DataError(
             f"{path} is a video without labels: give COCO JSON whose file_name is "
-            f'"{path.name}#000123" for frame 123, counted from 0, or a MOT folder with gt.txt'
+            f'"{path.name}#000123" for frame 123, counted from 0, or a MOT folder with gt.txt; '
+            "`edgeprune data autolabel` labels it, to be corrected"
         )
     if mot.sequences_of(file):
         return mot.read(file, images)
@@ -41,7 +42,9 @@ def read_labels(path: Path, images: Path | None) -> Labels:
         return voc.read(file, images)
     if yolo.yaml_of(file) is not None:
         return yolo.read(file, images)
-    raise DataError(f"{path} has no labels of a known format: {EXPECTED}")
+    raise DataError(
+        f"{path} has no labels of a known format: {EXPECTED}. `edgeprune data autolabel` labels images, to be corrected"
+    )
 
 
 def read_images(path: Path, every: int) -> Labels:

@@ -34,10 +34,10 @@ def read(path: Path, images: Path | None) -> Labels:
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError) as error:
-            labels.problem(path, where, f"no valid JSON ({error}); dropped")
+            labels.problem(path, where, f"no valid JSON ({error}); dropped", lost="image")
             continue
         if not isinstance(entry, dict) or not isinstance(entry.get("ID"), str):
-            labels.problem(path, where, "no object with an ID; dropped")
+            labels.problem(path, where, "no object with an ID; dropped", lost="image")
             continue
         name = named_image(root, check_inside(entry["ID"], path, f"{where}: ID"))
         image_id = labels.add_image(name, path, where)

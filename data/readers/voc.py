@@ -85,10 +85,10 @@ def _read_file(labels: Labels, file: Path) -> None:
     try:
         root = _parse(labels.read(file))
     except DataError as error:
-        labels.problem(file, "file", f"{error}; dropped")
+        labels.problem(file, "file", f"{error}; dropped", lost="image")
         return
     except _XmlError as error:
-        labels.problem(file, f"line {error.line}", f"{error}; dropped")
+        labels.problem(file, f"line {error.line}", f"{error}; dropped", lost="image")
         return
     name = root.get("filename") or named_image(labels.root, file.stem)
     width, height = (to_number(root.get("size", side) or "") for side in ("width", "height"))

@@ -176,4 +176,4 @@ def _find_orphans(labels: Labels, source: Path) -> None:
     if folder.is_dir():
         for text in children(folder, (".txt",), deep=True):
             if str(text) not in stems and text.stem not in ("classes", *PARTS):
-                labels.problem(text, "file", "a label without its image; dropped")
+                labels.problem(text, "file", "a label without its image; dropped", lost="image")

@@ -66,7 +66,10 @@ def test_convert_and_preview(yolo: Path) -> None:
     assert len(load_dataset(yolo / "val.json")) == 3
     assert run("inspect", yolo / "val.json", "--preview", yolo / "sheet.png").exit_code == 0
     assert cv2.imread(str(yolo / "sheet.png")).shape[2] == 3
-    assert run("inspect", yolo, "--preview", yolo / "sheet.png").exit_code == 2
+    assert run("inspect", yolo, "--preview", yolo / "both.png").exit_code == 0
+    sheet, both = (cv2.imread(str(yolo / name)) for name in ("sheet.png", "both.png"))
+    assert both.shape[0] == 4 * 320  # three rows of nine images in training, one of three in validation
+    assert (both[3 * 320 :] == sheet).all()
 
 
 def test_split_writes_two_files(yolo: Path) -> None:

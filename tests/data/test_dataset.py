@@ -158,7 +158,7 @@ def test_no_usable_image_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     path = write_coco(tmp_path, [person(1, 1, GOOD)])
     with pytest.raises(
-        DataError, match=r"none of its 2 images in .*empty can be used; first problem: .*a\.png"
+        DataError, match=r"none of its 2 images in .*empty can be used; .* First problem: .*a\.png"
     ):
         load_dataset(path, images=tmp_path / "empty")
     with pytest.raises(DataError, match=r"no folder of images at .*gone"):

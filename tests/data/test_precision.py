@@ -16,8 +16,8 @@ from edgeprune.data.errors import DataError
 from edgeprune.data.precision import (
     AREAS,
     ImageDetections,
+    Matches,
     _evaluate,
-    _Matches,
     average_precision,
     detection_quality,
 )
@@ -224,7 +224,7 @@ def test_a_draw_of_the_bootstrap_is_ap_of_repeated_images(seed: int) -> None:
     """AP with an image counted n times is pycocotools' AP of a data set that has it n times."""
     dataset, detections = scattered([3, 1, 5, 2, 4, 0, 6, 2], seed)
     times = np.random.default_rng(seed).integers(0, 4, 8)
-    matches = _Matches.of(_evaluate(dataset, detections, list(AREAS)))
+    matches = Matches.of(_evaluate(dataset, detections, list(AREAS)))
     for count in (np.ones(8, int), times):
         expected = stats(*repeated(dataset, detections, count.tolist()))
         found = matches.average_precision(count)

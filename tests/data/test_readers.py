@@ -192,6 +192,9 @@ PROBLEMS: dict[str, tuple[Callable[[Path], Path], str, str, str, str]] = {
 }
 
 
+LOSE_AN_IMAGE = ("an unclosed tag", "a wrong size", "no image", "half a JSON")
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_problems_have_file_and_line(name: str, tmp_path: Path) -> None:
     """A damaged label is dropped and named by file and line; the rest of the data set is read."""
@@ -210,6 +213,14 @@ def test_problems_have_file_and_line(name: str, tmp_path: Path) -> None:
     assert len(dataset) >= 3
     with pytest.raises(DataError, match="1 images or boxes cannot be used"):
         dataset.refuse_problems()
+    lost = "nothing" if name == "a box outside" else "image" if name in LOSE_AN_IMAGE else "box"
+    contents = dataset.contents
+    assert (contents.dropped_images, contents.dropped_boxes, contents.clipped_boxes) == tuple(
+        int(lost == kind) for kind in ("image", "box", "nothing")
+    )
+    assert contents.images == len(BOXES) - contents.dropped_images
+    whole = sum(map(len, BOXES.values()))
+    assert contents.boxes == whole - contents.dropped_boxes or contents.dropped_images
 
 
 def test_a_label_without_its_image_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from whole_way import check_whole_way
 
 from edgeprune.data.dataset import load_dataset
 from edgeprune.detectors.evaluation import evaluate
@@ -123,6 +124,13 @@ def test_several_classes() -> None:
     best = [torch.cat((level[:, :2].amax(1, keepdim=True), level[:, 2:]), 1) for level in raw]
     targets = [Targets(torch.tensor([[4.0, 4.0, 40.0, 50.0]]), torch.tensor([False]))]
     torch.testing.assert_close(detector.loss(raw, targets), NanoDetG((64, 64)).loss(best, targets))
+
+
+def test_pruned_exported_and_run(tmp_path: Path) -> None:
+    """30 % pruned, saved and loaded, exported, run by the agent."""
+    torch.manual_seed(0)
+    step = check_whole_way("nanodet-g", NanoDetG((64, 64)), tmp_path)
+    assert set(step.spec.kept) & {"heads.0.features", "stages.1.entry"}
 
 
 def test_what_cannot_be_built() -> None:

@@ -6,7 +6,7 @@
 #            TORCH='torch==2.13.0 --index-url ...' (what pip is asked for; a CPU build is enough)
 #            APT_PACKAGES='' (system packages that tests use; empty: install none)
 TORCH ?= torch==2.13.0
-APT_PACKAGES ?= chromium git openssh-server
+APT_PACKAGES ?= chromium git gstreamer1.0-plugins-base gstreamer1.0-tools openssh-server python3-opencv python3-venv
 JOBS ?= 2
 PYTHON ?= $(firstword $(foreach python,python3.14 python3.13 python3.12 python3.11 python3.10 python3,$(if \
   $(shell $(python) -c 'import ensurepip, sys; assert sys.version_info >= (3, 10); print(1)' </dev/null 2>/dev/null),$(python))))

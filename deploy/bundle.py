@@ -18,6 +18,7 @@ import numpy as np
 
 from edgeprune.data.files import atomic_path, sha256_of
 from edgeprune.deploy.device.agent import PROTOCOL
+from edgeprune.deploy.device.bench import END_TO_END
 from edgeprune.deploy.device.imaging import DEFAULT_THRESHOLDS, Preprocessing
 from edgeprune.deploy.device.plan import RESULTS
 from edgeprune.deploy.errors import DeviceError
@@ -26,6 +27,7 @@ from edgeprune.deploy.session import Files, Session, agent_sources
 from edgeprune.deploy.targets import Target
 
 FOLDER = "edgeprune-bundle"
+CAMERA_FOLDER = "edgeprune-camera"
 MAX_RESULTS_BYTES = 1 << 30  # an archive that says more is not ours
 RUN_SH = """#!/bin/sh
 # Builds and measures what `edgeprune build` prepared. Run it on the device: sh run.sh
@@ -33,6 +35,13 @@ set -eu
 cd "$(dirname "$0")"
 sha256sum --check --quiet SHA256SUMS
 exec "${PYTHON:-python3}" -m edgeprune_device --plan plan.json results.tar.gz
+"""
+CAMERA_SH = """#!/bin/sh
+# Shows what `edgeprune camera` prepared. Run it on the device: sh camera.sh [SOURCE]; ctrl-C ends it.
+set -eu
+cd "$(dirname "$0")"
+sha256sum --check --quiet SHA256SUMS
+exec "${PYTHON:-python3}" -m edgeprune_device --camera camera.json "$@"
 """
 
 
@@ -47,7 +56,7 @@ class BenchmarkPlan:
     seed: int = 0
     images: int = 16  # that end-to-end runs take in turn
     profile_runs: int = 50
-    energy_seconds: float = 5.0  # alone, for each engine, where the board tells its power
+    energy_seconds: float = 5.0  # idle, then each engine alone, where the board tells its power
 
 
 def write_bundle(
@@ -92,23 +101,67 @@ def write_bundle(
             "seed": benchmark.seed,
             "image_count": benchmark.images,
         },
-        "energy": {"runs": 1, "min_seconds": benchmark.energy_seconds},
+        "energy": {
+            "runs": 1,
+            "min_seconds": benchmark.energy_seconds,
+            "idle_seconds": benchmark.energy_seconds,
+            "scopes": [END_TO_END],
+        },
         "profile_runs": benchmark.profile_runs,
         "power": {"mode": power_mode, "lock_clocks": lock_clocks},
     }
     content = {"plan.json": json.dumps(plan, indent=1).encode(), "run.sh": RUN_SH.encode()}
-    content |= {f"edgeprune_device/{name}": text for name, text in agent_sources().items()}
-    plan_sha256 = _sha256(content["plan.json"])
+    _write_archive(path, FOLDER, content, {**sent_models.by_remote, **sent_images.by_remote})
+    return _sha256(content["plan.json"])
+
+
+def write_camera_bundle(
+    path: Path,
+    target: Target,
+    models: Mapping[str, Path],
+    job: Mapping[str, Any],
+    *,
+    precision: str = "fp32",
+    options: Mapping[str, Any] | None = None,
+    power_mode: str | None = None,
+    lock_clocks: bool = False,
+) -> None:
+    """Write the archive that runs the camera on a device; whole or not at all.
+
+    Args:
+        path: of the archive, ``.tar.gz``.
+        models: ONNX files by the name that is shown, one, or two to compare.
+        job: as `camera_job` makes it; its engines are built on the device.
+        options: of the backend, as for `Session.build`.
+    """
+    sent = Files(list(models.values()))
+    plan = {
+        "protocol": PROTOCOL,
+        "backend": target.backend,
+        "models": sent.references,
+        "precision": precision,
+        "options": dict(options or {}),
+        "camera": {**job, "names": list(models), "power": {"mode": power_mode, "lock_clocks": lock_clocks}},
+    }
+    content = {"camera.json": json.dumps(plan, indent=1).encode(), "camera.sh": CAMERA_SH.encode()}
+    _write_archive(path, CAMERA_FOLDER, content, sent.by_remote)
+
+
+def _write_archive(path: Path, folder: str, content: Mapping[str, bytes], files: Mapping[str, Path]) -> None:
+    """Write an archive of a folder that holds `content`, the agent, the files and the checksums of all."""
+    content = {
+        **content,
+        **{f"edgeprune_device/{name}": text for name, text in agent_sources().items()},
+    }
     with atomic_path(path) as temporary, tarfile.open(temporary, "w:gz", compresslevel=1) as archive:
         sums = []
         for name, data in content.items():
-            _add(archive, name, data)
+            _add(archive, f"{folder}/{name}", data)
             sums.append(f"{_sha256(data)}  {name}\n")
-        for remote, local in {**sent_models.by_remote, **sent_images.by_remote}.items():
-            archive.add(local.resolve(), f"{FOLDER}/{remote}", filter=_plain)
+        for remote, local in files.items():
+            archive.add(local.resolve(), f"{folder}/{remote}", filter=_plain)
             sums.append(f"{sha256_of(local)}  {remote}\n")
-        _add(archive, "SHA256SUMS", "".join(sums).encode())
-    return plan_sha256
+        _add(archive, f"{folder}/SHA256SUMS", "".join(sums).encode())
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -186,7 +239,7 @@ class ImportedSession(Session):
                 f"the results are damaged ({error!r}): run the bundle again", "import"
             ) from error
 
-    def _call(self, command: str, job: Mapping[str, Any], files: Files | None = None) -> Any:
+    def _call(self, command: str, job: Mapping[str, Any], files: Files | None = None, **options: Any) -> Any:
         engines = self._results["engines"]
         if command == "probe":
             return self._results["probe"]
@@ -236,9 +289,15 @@ class _NoTransport:
     def get(self, remote: str, local: Path) -> None:
         raise NotImplementedError
 
+    def forward(self, port: int) -> Any:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    entry = tarfile.TarInfo(f"{FOLDER}/{name}")
+    entry = tarfile.TarInfo(name)
     entry.size = len(data)
     archive.addfile(entry, io.BytesIO(data))
 

@@ -87,6 +87,8 @@ class LatencyBlock:
     start_s: float  # the device's monotonic clock
     end_s: float
     samples_ms: Mapping[str, tuple[float, ...]]  # by scope
+    images_per_s: float | None = None  # throughput with several in flight; None: not measured
+    images: int = 0  # that went end to end, the unrecorded first one included
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Latencies:
     # "before" and "after": power_mode, clocks_locked. "samples": "time_s" on the clock of the blocks,
     # "temperatures_c", "power_mw", "available_mib", "load", and what tegrastats tells (device/telemetry.py).
     telemetry: Mapping[str, Any] = field(default_factory=dict)
+    idle_s: tuple[float, float] | None = None  # on the clock of the blocks: from when to when nothing ran
 
     def samples_ms(self, engine: int, scope: str) -> np.ndarray:
         """All samples of one engine in one scope, in the order of measurement."""
@@ -127,6 +130,7 @@ class Latencies:
             tuple(record["warmup_runs"]),
             record["timer_overhead_ms"],
             record["telemetry"],
+            tuple(record["idle_s"]) if record.get("idle_s") else None,
         )
 
 
@@ -154,3 +158,30 @@ class Evaluation:
 
     detections: tuple[ImageDetections, ...]
     not_finite: int  # candidates that were no numbers, over all images: a float16 overflow shows here
+
+
+@dataclass(frozen=True)
+class CameraSummary:
+    """What the camera did from its first frame to its last."""
+
+    frames: int
+    dropped: int  # that came while another one was worked on
+    reconnects: int
+    seconds: float
+    fps: float | None  # None: no two frames
+    source: str  # an address without its password
+    ended: str  # "end of stream", "stopped", "max_frames", "max_seconds"
+    # Times have "mean", "p50", "p90" and "p99", all None where no frame came.
+    latency_ms: Mapping[str, float | None]  # from a frame's arrival to its boxes
+    stages_ms: Mapping[str, Mapping[str, float | None]]  # of that: capture, prepare, run, postprocess
+    wait_ms: Mapping[str, float | None]  # for the next frame
+    output_ms: Mapping[str, float | None]  # drawing, writing, showing
+    engines: tuple[Mapping[str, Any], ...]  # each "name", "fps" alone, "stages_ms" of its own
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "engines": list(self.engines)}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "CameraSummary":
+        known = {field.name: record[field.name] for field in fields(cls)}
+        return cls(**known | {"engines": tuple(record["engines"])})

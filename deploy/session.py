@@ -18,11 +18,12 @@ from edgeprune.data.dataset import Dataset
 from edgeprune.data.files import atomic_path, read_json, sha256_of, write_json
 from edgeprune.data.precision import ImageDetections
 from edgeprune.deploy.device.agent import PROTOCOL
+from edgeprune.deploy.device.bench import SCOPES
 from edgeprune.deploy.device.imaging import DEFAULT_THRESHOLDS, Preprocessing, Thresholds
 from edgeprune.deploy.errors import DeviceError
 from edgeprune.deploy.records import Check, DeviceInfo, Engine, Evaluation, Latencies, Profile
 from edgeprune.deploy.targets import Target
-from edgeprune.deploy.transport import Completed, Local, Transport, default_folder
+from edgeprune.deploy.transport import Completed, Local, Stop, Transport, default_folder
 
 Progress = Callable[[Mapping[str, Any]], None]
 
@@ -59,6 +60,17 @@ class Session:
         self.progress = progress
         self._limits = {"protocol": PROTOCOL, "lock_wait_s": lock_wait_s, "timeout_s": timeout_s}
         self._power = {"mode": power_mode, "lock_clocks": lock_clocks}
+
+    @property
+    def transport(self) -> Transport:
+        """The way to the device."""
+        return self._transport
+
+    @property
+    def power_mode(self) -> str | None:
+        """Set for benchmarks; None: left as the device has it."""
+        mode = self._power["mode"]
+        return None if mode is None else str(mode)
 
     def probe(self) -> DeviceInfo:
         """Ask the device what it is and which runtimes work on it.
@@ -116,6 +128,8 @@ class Session:
         block_runs: int = 10,
         warmup_runs: int = 10,
         seed: int = 0,
+        scopes: Sequence[str] = SCOPES,
+        idle_seconds: float = 0.0,
         thresholds: Thresholds = DEFAULT_THRESHOLDS,
     ) -> Latencies:
         """Time engines together, interleaved in blocks of random order.
@@ -127,6 +141,8 @@ class Session:
             block_runs: per engine and scope in one block.
             warmup_runs: at least, per engine; more until the latency is stable.
             seed: of the blocks' order.
+            scopes: of those in deploy/device/bench.py.
+            idle_seconds: for which nothing runs before the engines are loaded: power is idle power then.
         """
         files = Files(images)
         job = {
@@ -140,6 +156,8 @@ class Session:
             "block_runs": block_runs,
             "warmup_runs": warmup_runs,
             "seed": seed,
+            "scopes": list(scopes),
+            "idle_seconds": idle_seconds,
         }
         found = self._call("bench", job, files)
         return Latencies.from_json({**found, "engines": [engine.key for engine in engines]})
@@ -194,10 +212,34 @@ class Session:
         found = self._call("trtexec", {"engine": engine.to_json(), "runs": runs})
         return {scope: tuple(samples) for scope, samples in found["samples_ms"].items()}
 
-    def _call(self, command: str, job: Mapping[str, Any], files: "Files | None" = None) -> Any:
+    def check_source(self, source: str, capture: Mapping[str, int]) -> None:
+        """Look, without opening it, whether the device has a camera's source and what that needs.
+
+        Args:
+            capture: width, height and fps, wanted of a camera.
+        """
+        self._call("source", {"source": source, "capture": capture})
+
+    def camera(self, job: Mapping[str, Any], files: "Files", folder: str, stop: Stop) -> Any:
+        """Run the camera until it ends or is stopped; `progress` takes its events (deploy/camera.py).
+
+        Args:
+            folder: of the job, on the device; it may write there.
+        """
+        return self._call("camera", {**job, "power": self._power}, files, folder=folder, stop=stop)
+
+    def _call(
+        self,
+        command: str,
+        job: Mapping[str, Any],
+        files: "Files | None" = None,
+        *,
+        folder: str | None = None,
+        stop: Stop | None = None,
+    ) -> Any:
         """Give the agent a job and return its result."""
-        agent, content = _agent_zip()
-        folder = f"jobs/{uuid.uuid4().hex}"
+        agent, content = agent_zip()
+        folder = folder or new_job_folder()
         job_path, result_path = f"{folder}/job.json", f"{folder}/result.json"
         end: dict[str, Any] = {}
 
@@ -215,7 +257,7 @@ class Session:
             sent = {agent: local / "agent.zip", job_path: local / "job.json"}
             self._transport.put({**sent, **(files.by_remote if files else {})})
             arguments = [self._transport.python, agent, "--attached", command, job_path, result_path]
-            completed = self._transport.run(arguments, on_line=on_line)
+            completed = self._transport.run(arguments, on_line=on_line, stop=stop)
             if not end.get("ok"):
                 raise self._failure(command, completed, end)
             self._transport.get(result_path, local / "result.json")
@@ -238,6 +280,11 @@ class Session:
         return DeviceError(
             f"{where} failed: the agent ended with status {completed.status}: {reason}", "agent"
         )
+
+
+def new_job_folder() -> str:
+    """A folder of a job's own, in the device's work folder."""
+    return f"jobs/{uuid.uuid4().hex}"
 
 
 class Files:
@@ -278,13 +325,13 @@ def image_files(dataset: Dataset, folder: Path) -> dict[int, Path]:
 
 
 def agent_sources() -> dict[str, bytes]:
-    """The agent's files by name."""
+    """The agent's files by their path in its package."""
     folder = Path(__file__).parent / "device"
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.py"))}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.py"))}
 
 
 @cache
-def _agent_zip() -> tuple[str, bytes]:
+def agent_zip() -> tuple[str, bytes]:
     """The agent as one file that Python runs, under a name that tells its content."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,8 @@ END_GRACE_S = 5.0  # between asking a process to end and ending it
 CHUNK_BYTES = 1 << 16
 CACHE_LIMIT_BYTES = 4 << 30  # of sent files kept on a device
 SSH_FAILED = 255  # ssh's own status for every failure of its own
+FORWARD_TRIES = 5  # ssh cannot choose a free port here: ours may be taken by then
+MAX_SOCKETS_IN = 26  # bytes of a path that takes ours and ssh's names
 REMOTE_FOLDER = ".cache/edgeprune/device"  # in the user's home
 
 
@@ -33,6 +36,25 @@ class Completed:
 
     status: int  # negative: ended by that signal
     stderr: str
+
+
+class Stop:
+    """Asks the command that runs with it to end in order; a signal handler may call it, at any time."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._end_input: Callable[[], None] | None = None
+
+    def __call__(self) -> None:
+        self._asked = True
+        if self._end_input:
+            self._end_input()
+
+    def attach(self, end_input: Callable[[], None]) -> None:
+        """Say how: the end of a command's standard input tells it that nobody waits for more."""
+        self._end_input = end_input
+        if self._asked:
+            end_input()
 
 
 class Transport(Protocol):
@@ -47,10 +69,12 @@ class Transport(Protocol):
         *,
         timeout_s: float | None = None,
         on_line: Callable[[str], None] | None = None,
+        stop: Stop | None = None,
     ) -> Completed:
         """Run a command; `on_line` takes each line of its standard output.
 
-        Standard input stays open while the caller lives: its end tells the command that the host is gone.
+        Standard input stays open while the caller lives, or until `stop` is called: its end tells the command
+        that the host is gone.
 
         Raises:
             DeviceError: If the command could not be started, took over `timeout_s`, or lost its connection.
@@ -71,6 +95,16 @@ class Transport(Protocol):
         Raises:
             DeviceError: If it could not be read there.
         """
+
+    def forward(self, port: int) -> contextlib.AbstractContextManager[int]:
+        """Reach a port of the device's loopback from here: gives the port of this machine's loopback.
+
+        Raises:
+            DeviceError: If the device does not forward.
+        """
+
+    def close(self) -> None:
+        """End what is kept open between commands."""
 
 
 class _Processes:
@@ -97,8 +131,11 @@ class _Processes:
         *,
         timeout_s: float | None = None,
         on_line: Callable[[str], None] | None = None,
+        stop: Stop | None = None,
     ) -> Completed:
         with _Process(self.command(args), timeout_s) as process:
+            if stop:
+                stop.attach(process.end_input)
             for line in process.lines():
                 if on_line:
                     on_line(line)
@@ -167,6 +204,12 @@ class Local(_Processes):
     def failure(self, completed: Completed) -> DeviceError | None:
         return None
 
+    def forward(self, port: int) -> contextlib.AbstractContextManager[int]:
+        return contextlib.nullcontext(port)
+
+    def close(self) -> None:
+        pass
+
 
 class Ssh(_Processes):
     """A device over the OpenSSH client, with the user's own configuration, keys, jump hosts and known hosts.
@@ -191,8 +234,10 @@ class Ssh(_Processes):
         self.name = host
         self.python = python
         self._folder = folder
-        # Short: the path of a socket may have 104 bytes.
-        self._sockets = tempfile.TemporaryDirectory(prefix="edgeprune-")
+        # Short: the path of a socket may have 104 bytes, and ssh adds 58 to the folder's.
+        usual = tempfile.gettempdir()
+        short = usual if len(usual) <= MAX_SOCKETS_IN else "/tmp"
+        self._sockets = tempfile.TemporaryDirectory(prefix="edgeprune-", dir=short)
         self._ssh = ["ssh", *(["-F", str(config)] if config else [])]
         for option in (
             "BatchMode=yes",
@@ -229,6 +274,25 @@ class Ssh(_Processes):
             "where it ended",
             "connection",
         )
+
+    @contextlib.contextmanager
+    def forward(self, port: int) -> Iterator[int]:
+        for _ in range(FORWARD_TRIES):
+            here = _free_port()
+            forward = ["-L", f"127.0.0.1:{here}:127.0.0.1:{port}", "--", self.name]
+            asked = subprocess.run(
+                [*self._ssh, "-O", "forward", *forward], capture_output=True, text=True, check=False
+            )
+            if asked.returncode == 0:
+                break
+        else:
+            raise DeviceError(
+                f"a port of {self.name} could not be forwarded: {_last_line(asked.stderr)}", "forward"
+            )
+        try:
+            yield here
+        finally:
+            subprocess.run([*self._ssh, "-O", "cancel", *forward], capture_output=True, check=False)
 
     def close(self) -> None:
         """End the shared connection."""
@@ -269,6 +333,12 @@ def default_folder() -> Path:
 @cache
 def _receiver() -> str:
     return (Path(__file__).parent / "device" / "receive.py").read_text(encoding="utf-8")
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
 
 
 def _last_line(text: str) -> str:

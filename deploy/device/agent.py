@@ -45,6 +45,10 @@ def _command(name: str) -> Callable[[Dict[str, Any], Report], Dict[str, Any]]:
         from .profile import time_with_trtexec as command
     elif name == "doctor":
         from .doctor import doctor as command
+    elif name == "camera":
+        from .camera.command import camera as command
+    elif name == "source":
+        from .camera.sources import check_source as command
     elif name == "clean":
         from .cache import clean as command
     else:
@@ -53,11 +57,13 @@ def _command(name: str) -> Callable[[Dict[str, Any], Report], Dict[str, Any]]:
 
 
 # Alone on the device: they would disturb each other, or lose what they work with.
-NEEDS_DEVICE = ("build", "bench", "evaluate", "profile", "trtexec", "clean")
+NEEDS_DEVICE = ("build", "bench", "evaluate", "profile", "trtexec", "camera", "clean")
+
+CAMERA_GRACE_S = 10.0  # to close the camera, finish a video and write the summary
 
 
 def main(argv: List[str]) -> int:
-    """Run ``[--attached] COMMAND JOB RESULT`` or ``--plan PLAN RESULTS``.
+    """Run ``[--attached] COMMAND JOB RESULT``, ``--plan PLAN RESULTS`` or ``--camera PLAN [SOURCE]``.
 
     ``--attached``: standard input belongs to a host, and its end means that the host is gone.
 
@@ -72,9 +78,16 @@ def main(argv: List[str]) -> int:
         from .plan import run_plan
 
         return run_plan(argv[1], argv[2])
+    if len(argv) in (2, 3) and argv[0] == "--camera":
+        from .plan import run_camera
+
+        return run_camera(argv[1], argv[2] if len(argv) == 3 else None)
     attached = argv[:1] == ["--attached"]
     if len(argv) != 3 + attached:
-        sys.stderr.write("usage: python3 -m edgeprune_device COMMAND JOB RESULT | --plan PLAN RESULTS\n")
+        sys.stderr.write(
+            "usage: python3 -m edgeprune_device COMMAND JOB RESULT | --plan PLAN RESULTS | "
+            "--camera PLAN [SOURCE]\n"
+        )
         return 2
     command, job_path, result_path = argv[attached:]
     try:
@@ -120,6 +133,18 @@ def supervise(
             run_child(arguments, log_path, report, job.get("timeout_s"), attached)
             return _result(result_path)
         with device_lock(job.get("lock_wait_s", 0), report), power.held(job.get("power", {})):
+            if command == "camera":  # runs until it is stopped, and looks at the board itself
+                folder = os.path.dirname(job_path) or os.curdir
+                run_child(
+                    arguments,
+                    log_path,
+                    report,
+                    job.get("timeout_s"),
+                    attached,
+                    lambda: os.utime(folder),  # old jobs are removed: this one is not old
+                    CAMERA_GRACE_S,
+                )
+                return _result(result_path)
             with Telemetry() as telemetry:
                 before = power.state()
                 run_child(arguments, log_path, report, job.get("timeout_s"), attached, telemetry.tick)
@@ -130,7 +155,7 @@ def supervise(
         raise disk_error(error, job_path) from error
     result = _result(result_path)
     if command == "bench" and result["ok"]:
-        result["result"]["telemetry"] = {"before": before, "after": after, "samples": telemetry.samples}
+        result["result"]["telemetry"] = {"before": before, "after": after, "samples": list(telemetry.samples)}
         write_json(result_path, result)
     return result
 

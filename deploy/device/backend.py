@@ -2,7 +2,7 @@
 
 import importlib
 import time
-from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
@@ -55,6 +55,14 @@ class Runner:
             run(images)
             samples.append((clock() - start) * 1e3)
         return {"engine": samples}
+
+    def seconds_in_flight(self, images: np.ndarray, runs: int) -> Optional[float]:
+        """Time `runs` inferences of one prepared image of which several are in flight: their copies overlap.
+
+        Returns:
+            Seconds for all of them once the first ones are under way; None where nothing can overlap.
+        """
+        return None
 
     def profile(self, images: np.ndarray, runs: int) -> LayerTimes:
         """Time each layer in `runs` inferences of one prepared image; slower than `measure`."""

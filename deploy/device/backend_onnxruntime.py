@@ -1,4 +1,8 @@
-"""ONNX Runtime on the CPU: the engine is the ONNX file itself."""
+"""ONNX Runtime on the CPU: the engine is the ONNX file itself.
+
+No throughput apart from the latency: there are no copies to overlap, and a second image in flight takes the
+cores of the first.
+"""
 
 import json
 import os

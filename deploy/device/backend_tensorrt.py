@@ -7,7 +7,8 @@ on a network is strongly typed: reduced precision must be in the ONNX file.
 
 import os
 import stat
-from typing import Any, Dict, List, Tuple
+import time
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -29,6 +30,7 @@ except ImportError as error:
 MIB = 1 << 20
 WORKSPACE_SHARE = 8  # of the free memory: 256 to 300 MiB on a Nano, as its users advise
 SMALLEST_WORKSPACE_MIB = 64
+IN_FLIGHT = 2  # images: while the GPU works on one, the other is copied
 NO_INT8 = ((5, 3), (6, 2))  # compute capabilities of Nano and TX2
 DRIVER_REMEDY = "check the NVIDIA driver: on a Jetson, JetPack must be installed and no update be half done"
 
@@ -409,6 +411,56 @@ class _Context:
             cls.context.detach()
 
 
+class _Lane:
+    """One image in flight: an execution context with tensors and a stream of its own."""
+
+    def __init__(self, cuda: Any, engine: Any, context: Any, options: Dict[str, Any]) -> None:
+        self._cuda = cuda
+        self.context = context
+        adapter = _NamedTensors if hasattr(engine, "num_io_tensors") else _Bindings
+        self._adapter: Any = adapter(engine, context)
+        self.free_batch = False
+        types = _numpy_types()
+        names = self._adapter.names()
+        for name in names:
+            if self._adapter.is_input(name) and self._adapter.shape(name)[0] < 0:
+                self.free_batch = True
+                opt = options.get("batch", [1, 1, 1])[1]
+                self._adapter.set_shape(name, (opt,) + self._adapter.shape(name)[1:])
+        tensors = [
+            _Tensor(
+                cuda,
+                name,
+                self._adapter.is_input(name),
+                self._adapter.shape(name),
+                types[self._adapter.dtype(name)],
+            )
+            for name in names
+        ]
+        self._adapter.set_addresses(tensors)
+        by_name = {tensor.name: tensor for tensor in tensors}
+        self.boxes, self.scores = by_name["boxes"], by_name["scores"]
+        [self.images] = [tensor for tensor in tensors if tensor.is_input]
+        self.stream = cuda.Stream()
+
+    def enqueue(self, events: Sequence[Any] = ()) -> None:
+        """Copy in, infer, copy out; where four `events` are given, one before and after each."""
+        before_copy, before, after, after_copy = events or (None,) * 4
+        self._mark(before_copy)
+        self._cuda.memcpy_htod_async(self.images.device, self.images.host, self.stream)
+        self._mark(before)
+        if not self._adapter.enqueue(self.stream.handle):
+            raise AgentError("run", "TensorRT {} could not run the engine".format(trt.__version__))
+        self._mark(after)
+        for tensor in (self.boxes, self.scores):
+            self._cuda.memcpy_dtoh_async(tensor.host, tensor.device, self.stream)
+        self._mark(after_copy)
+
+    def _mark(self, event: Any) -> None:
+        if event is not None:
+            event.record(self.stream)
+
+
 class TensorRtRunner(Runner):
     """An engine on the GPU. The thread that makes the first one owns the CUDA context, and alone uses it."""
 
@@ -429,99 +481,90 @@ class TensorRtRunner(Runner):
             runtime.DLA_core = options["dla_core"]
         with open(path, "rb") as file:
             self._engine = runtime.deserialize_cuda_engine(file.read())
-        self._context: Any = self._engine.create_execution_context() if self._engine is not None else None
-        if self._context is None:
+        self._options = options
+        self._lanes: List[_Lane] = []
+        if self._engine is None or not self._add_lane():
             reason = printed.reason() or "it gave no reason"
             message = "TensorRT {} does not load the engine: {}".format(trt.__version__, reason)
             raise AgentError(
                 "engine", message, "build it again on this device, or close what holds the memory"
             )
-        adapter = _NamedTensors if hasattr(self._engine, "num_io_tensors") else _Bindings
-        self._adapter: Any = adapter(self._engine, self._context)
-        types = _numpy_types()
-        names = self._adapter.names()
-        for name in names:
-            if self._adapter.is_input(name) and self._adapter.shape(name)[0] < 0:
-                opt = options.get("batch", [1, 1, 1])[1]
-                self._adapter.set_shape(name, (opt,) + self._adapter.shape(name)[1:])
-        self._tensors = [
-            _Tensor(
-                self._cuda,
-                name,
-                self._adapter.is_input(name),
-                self._adapter.shape(name),
-                types[self._adapter.dtype(name)],
-            )
-            for name in names
-        ]
-        self._adapter.set_addresses(self._tensors)
-        by_name = {tensor.name: tensor for tensor in self._tensors}
-        self._boxes, self._scores = by_name["boxes"], by_name["scores"]
-        [self._images] = [tensor for tensor in self._tensors if tensor.is_input]
-        self.uint8 = self._images.host.dtype == np.uint8
-        shape = self._images.shape
+        [lane] = self._lanes
+        self.uint8 = lane.images.host.dtype == np.uint8
+        shape = lane.images.shape
         self.input_size = (shape[1], shape[2]) if self.uint8 else (shape[2], shape[3])
-        self._stream = self._cuda.Stream()
         self._events = [self._cuda.Event() for _ in range(4)]
 
-    def run(self, images: np.ndarray) -> Detections:
-        np.copyto(self._images.host, images)
-        self._enqueue()
-        self._stream.synchronize()
-        return Detections(
-            self._boxes.host[0].astype(np.float32, copy=False),
-            self._scores.host[0].astype(np.float32, copy=False),
-        )
+    def _add_lane(self) -> bool:
+        """Whether there was memory for one more image in flight."""
+        context = self._engine.create_execution_context()
+        if context is not None:
+            self._lanes.append(_Lane(self._cuda, self._engine, context, self._options))
+        return context is not None
 
-    def _enqueue(self) -> None:
-        """Copy in, infer, copy out: events before and after each."""
-        before_copy, before, after, after_copy = self._events
-        before_copy.record(self._stream)
-        self._cuda.memcpy_htod_async(self._images.device, self._images.host, self._stream)
-        before.record(self._stream)
-        if not self._adapter.enqueue(self._stream.handle):
-            raise AgentError("run", "TensorRT {} could not run the engine".format(trt.__version__))
-        after.record(self._stream)
-        for tensor in (self._boxes, self._scores):
-            self._cuda.memcpy_dtoh_async(tensor.host, tensor.device, self._stream)
-        after_copy.record(self._stream)
+    def run(self, images: np.ndarray) -> Detections:
+        lane = self._lanes[0]
+        np.copyto(lane.images.host, images)
+        lane.enqueue()
+        lane.stream.synchronize()
+        return Detections(
+            lane.boxes.host[0].astype(np.float32, copy=False),
+            lane.scores.host[0].astype(np.float32, copy=False),
+        )
 
     def measure(self, images: np.ndarray, runs: int) -> Dict[str, List[float]]:
         """By the GPU's clock: "engine" without the copies, "engine_with_copies" with them."""
-        np.copyto(self._images.host, images)
+        lane = self._lanes[0]
+        np.copyto(lane.images.host, images)
         engine, with_copies = [], []
         before_copy, before, after, after_copy = self._events
         for _ in range(runs):
-            self._enqueue()
-            self._stream.synchronize()
+            lane.enqueue(self._events)
+            lane.stream.synchronize()
             engine.append(float(before.time_till(after)))
             with_copies.append(float(before_copy.time_till(after_copy)))
         return {"engine": engine, "engine_with_copies": with_copies}
 
+    def seconds_in_flight(self, images: np.ndarray, runs: int) -> Optional[float]:
+        """Two images in flight, each on a stream of its own: one is copied while the other is worked on.
+
+        None with a free batch, since before TensorRT 10 two contexts cannot share the range of its shapes, and
+        where the memory holds one alone.
+        """
+        if self._lanes[0].free_batch:
+            return None
+        try:
+            if len(self._lanes) < IN_FLIGHT and not self._add_lane():
+                return None
+        except self._cuda.Error:
+            return None
+        for lane in self._lanes:
+            np.copyto(lane.images.host, images)
+            lane.enqueue()
+        for number in range(runs + IN_FLIGHT):
+            lane = self._lanes[number % IN_FLIGHT]
+            lane.stream.synchronize()
+            if number == IN_FLIGHT - 1:  # the first ones had the GPU to themselves
+                start = time.perf_counter()
+            if number < runs:
+                lane.enqueue()
+        return time.perf_counter() - start
+
     def profile(self, images: np.ndarray, runs: int) -> LayerTimes:
         profiler = _Profiler()
-        self._context.profiler = profiler
-        np.copyto(self._images.host, images)
+        lane = self._lanes[0]
+        lane.context.profiler = profiler
+        np.copyto(lane.images.host, images)
         for _ in range(runs):
-            self._enqueue()
-            self._stream.synchronize()
+            lane.enqueue()
+            lane.stream.synchronize()
         inspector = self._engine.create_engine_inspector()
         described = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
         return LayerTimes(profiler.times_ms, described)
 
     def close(self) -> None:
         # What lies on the GPU goes before the CUDA context that it belongs to.
-        for name in (
-            "_adapter",
-            "_context",
-            "_engine",
-            "_tensors",
-            "_images",
-            "_boxes",
-            "_scores",
-            "_events",
-            "_stream",
-        ):
+        for name in ("_lanes", "_engine", "_events"):
             if hasattr(self, name):
                 delattr(self, name)
         _Context.leave()

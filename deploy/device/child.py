@@ -1,5 +1,6 @@
 """Child processes: whatever happens in one, the agent lives on and says what it was."""
 
+import contextlib
 import ctypes
 import json
 import os
@@ -31,6 +32,7 @@ def run_child(
     timeout_s: Optional[float] = None,
     attached: bool = False,
     tick: Callable[[], None] = lambda: None,
+    grace_s: float = 0.0,
 ) -> None:
     """Run this package once more in a child process and pass its progress on.
 
@@ -41,12 +43,12 @@ def run_child(
         timeout_s: the child is ended after so long.
         attached: our standard input belongs to a host; its end means that the host is gone.
         tick: is called about twice a second.
+        grace_s: a child that is to end before its time is asked to, and has so long to finish by itself.
 
     Raises:
         AgentError: If the child did not end with status 0: killed, crashed, timed out, or failed.
     """
     command = [sys.executable, "-u", "-m", __package__] + arguments
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(_python_path()))
     start = time.monotonic()
     with open(log_path, "wb") as log:
         child = subprocess.Popen(
@@ -54,7 +56,7 @@ def run_child(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
-            env=environment,
+            env=environment(),
             start_new_session=True,  # ctrl-C at a terminal reaches the agent, which ends the child in order
         )
     assert child.stdout is not None
@@ -78,8 +80,7 @@ def run_child(
                 tick()
                 now = time.monotonic()
                 available = memory_mib()["available"]
-                if available is not None and lowest_mib is not None:
-                    lowest_mib = min(lowest_mib, available)
+                lowest_mib = min(filter(None, (available, lowest_mib)), default=None)
                 if timeout_s is not None and now - start > timeout_s:
                     raise AgentError(
                         "timeout", "{} took over {:.0f} s and was ended".format(arguments[0], timeout_s)
@@ -87,14 +88,35 @@ def run_child(
                 if now - alive_at > ALIVE_EVERY_S:
                     alive_at = now
                     report({"event": "alive", "available_mib": available})
-        status = child.wait()
+        child.wait()
+    except (AgentError, BrokenPipeError):
+        if not _finishes(child, lines, grace_s) or child.wait() == -signal.SIGTERM:
+            raise
     finally:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
         child.stdout.close()
-    if status:
-        raise _failure(status, log_path, lowest_mib)
+    if child.returncode:
+        raise _failure(child.returncode, log_path, lowest_mib)
+
+
+def _finishes(child: "subprocess.Popen[bytes]", lines: "_Lines", grace_s: float) -> bool:
+    """Ask a child to end and pass on its last words; whether it ended by itself in time."""
+    assert child.stdout is not None
+    if grace_s:
+        child.terminate()
+    give_up_at = time.monotonic() + grace_s
+    with selectors.DefaultSelector() as selector:
+        selector.register(child.stdout, selectors.EVENT_READ)
+        while time.monotonic() < give_up_at:
+            if selector.select(timeout=0.5):
+                chunk = os.read(child.stdout.fileno(), 1 << 16)
+                if not chunk:
+                    return True
+                with contextlib.suppress(BrokenPipeError):  # the host went away
+                    lines.feed(chunk)
+    return False
 
 
 class _Lines:
@@ -110,11 +132,11 @@ class _Lines:
             self._report(json.loads(line.decode("utf-8")))
 
 
-def _python_path() -> List[str]:
-    inherited = os.environ.get("PYTHONPATH", "")
-    return [PACKAGE_HOME] + [
-        entry for entry in inherited.split(os.pathsep) if entry and entry != PACKAGE_HOME
-    ]
+def environment() -> Dict[str, str]:
+    """This process's environment, in which Python also finds this package."""
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    path = [PACKAGE_HOME] + [entry for entry in inherited if entry and entry != PACKAGE_HOME]
+    return dict(os.environ, PYTHONPATH=os.pathsep.join(path))
 
 
 def log_tail(log_path: str) -> str:

@@ -4,13 +4,12 @@ import contextlib
 import glob
 import importlib.util
 import os
-import re
 import shutil
-import subprocess
 import sys
 from typing import Any, Callable, Dict, List, Optional
 
 from . import power, system, trtexec
+from .gstreamer import element_exists, opencv_has
 from .probe import probe_backend
 
 try:
@@ -167,13 +166,13 @@ def _gstreamer() -> Dict[str, Any]:
     )
     if cv2 is None:
         return _check("OpenCV with GStreamer", None, "no OpenCV", remedy)
-    has = re.search(r"GStreamer:\s+YES", cv2.getBuildInformation()) is not None
+    has = opencv_has("GStreamer")
     return _check("OpenCV with GStreamer", True if has else None, "yes" if has else "no", remedy)
 
 
 def _cameras() -> Dict[str, Any]:
     devices = sorted(glob.glob("/dev/video*"))
-    if _exists("nvarguscamerasrc"):
+    if element_exists("nvarguscamerasrc"):
         devices.append("CSI (nvarguscamerasrc)")
     return _check(
         "cameras",
@@ -181,22 +180,3 @@ def _cameras() -> Dict[str, Any]:
         ", ".join(devices) or "none",
         "only `edgeprune camera` needs one",
     )
-
-
-def _exists(element: str) -> bool:
-    """Whether GStreamer has an element; opening a pipeline without it can hang for ever."""
-    program = shutil.which("gst-inspect-1.0")
-    if not program:
-        return False
-    try:
-        done = subprocess.run(
-            [program, "--exists", element],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            timeout=20,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return False
-    return done.returncode == 0

@@ -27,7 +27,7 @@ def evaluate(job: Dict[str, Any], report: Callable[[Dict[str, Any]], None]) -> D
             found = runner.run(values)
             not_finite += int(np.sum(~(np.isfinite(found.boxes).all(axis=1) & np.isfinite(found.scores))))
             boxes, scores = postprocess(found.boxes, found.scores, placement, thresholds)
-            images.append({"boxes": [_numbers(box) for box in boxes], "scores": _numbers(scores)})
+            images.append({"boxes": [numbers(box) for box in boxes], "scores": numbers(scores)})
             report({"event": "progress", "stage": "evaluate", "done": index + 1, "total": len(job["images"])})
     finally:
         runner.close()
@@ -48,6 +48,6 @@ def read_image(reference: Dict[str, str]) -> np.ndarray:
         raise AgentError("image", message, "replace or remove it") from None
 
 
-def _numbers(values: np.ndarray) -> Any:
+def numbers(values: np.ndarray) -> Any:
     """float32 as the shortest decimals that read back as the same float32."""
     return [float(str(value)) for value in values]

@@ -4,7 +4,7 @@ Coordinates are continuous: pixel column ``i`` covers ``[i, i + 1)``. Boxes are 
 """
 
 import os
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
@@ -155,9 +155,7 @@ def normalise(canvas: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     return values.reshape((1,) + values.shape)
 
 
-NMS_BLOCK = (
-    64  # candidates resolved together: large enough for numpy, small enough to skip what is already removed
-)
+NMS_BLOCK = 64  # candidates resolved together: enough for numpy, few enough to skip what is already removed
 
 
 def nms(boxes: np.ndarray, scores: np.ndarray, iou: float, limit: Optional[int] = None) -> np.ndarray:
@@ -173,37 +171,67 @@ def nms(boxes: np.ndarray, scores: np.ndarray, iou: float, limit: Optional[int] 
     Returns:
         Indices of the kept boxes, best first.
     """
-    order = np.argsort(-scores, kind="stable")
-    count = len(order)
-    limit = count if limit is None else min(limit, count)
-    x1, y1, x2, y2 = np.ascontiguousarray(boxes[order].T)
-    area = (x2 - x1) * (y2 - y1)
+    order: np.ndarray = np.argsort(-scores, kind="stable")
+    kept: np.ndarray = order[_survivors(boxes[order], iou, len(order) if limit is None else limit)]
+    return kept
 
-    def overlaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:  # (len(first), len(second)) bool
-        width = np.minimum(x2[first, None], x2[second]) - np.maximum(x1[first, None], x1[second])
-        height = np.minimum(y2[first, None], y2[second]) - np.maximum(y1[first, None], y1[second])
-        shared: np.ndarray = np.maximum(width, 0) * np.maximum(height, 0)
-        removes: np.ndarray = shared > iou * (area[first, None] + area[second] - shared)
-        return removes
 
-    kept: np.ndarray = np.empty(0, np.intp)
+def _survivors(boxes: np.ndarray, iou: float, limit: int) -> np.ndarray:
+    """NMS of boxes ``(K, 4)`` that come best first: indices of the kept ones, `limit` at most.
+
+    The time goes into walking memory that the network has just pushed out of the caches, so few arrays are
+    made, and within a block bits of whole numbers say who is removed.
+    """
+    count = len(boxes)
+    limit = min(limit, count)
+    corners = np.empty((5, count), boxes.dtype)  # x1, y1, x2, y2, area
+    corners[:4] = boxes.T
+    np.multiply(corners[2] - corners[0], corners[3] - corners[1], out=corners[4])
+    best = np.empty((5, limit + NMS_BLOCK), boxes.dtype)  # the kept ones' corners
+    kept: np.ndarray = np.empty(limit + NMS_BLOCK, np.intp)
+    found = 0
     for start in range(0, count, NMS_BLOCK):
-        block = np.arange(start, min(start + NMS_BLOCK, count))
-        if len(kept):
-            block = block[~overlaps(kept, block).any(axis=0)]
-        better = np.triu(overlaps(block, block), 1)  # better[i, j]: i comes first and overlaps j
-        # Each round of "nothing alive overlaps me" settles one link of a chain; the fixed point is greedy NMS
-        alive: np.ndarray = np.ones(len(block), bool)
-        while True:
-            survivors: np.ndarray = np.logical_not(better[alive].any(axis=0))
-            if (survivors == alive).all():
-                break
-            alive = survivors
-        kept = np.concatenate([kept, block[alive]])
-        if len(kept) >= limit:
+        if found >= limit:
             break
-    indices: np.ndarray = order[kept[:limit]]
-    return indices
+        block = corners[:, start : start + NMS_BLOCK]
+        indices = np.arange(start, min(start + NMS_BLOCK, count))
+        if found:
+            free = ~_overlaps(best[:, :found], block, iou).any(axis=0)
+            block, indices = block[:, free], indices[free]
+        chosen = _greedy(_overlaps(block, block, iou))
+        best[:, found : found + len(chosen)] = block[:, chosen]
+        kept[found : found + len(chosen)] = indices[chosen]
+        found += len(chosen)
+    return kept[: min(found, limit)]
+
+
+def _overlaps(first: np.ndarray, second: np.ndarray, iou: float) -> np.ndarray:
+    """Whether boxes overlap by more than `iou`: ``(5, N)`` and ``(5, M)`` give ``(N, M)`` bool."""
+    one, other = first[:, :, None], second[:, None, :]
+    width = np.minimum(one[2], other[2])  # (N, M)
+    width -= np.maximum(one[0], other[0])
+    height = np.minimum(one[3], other[3])
+    height -= np.maximum(one[1], other[1])
+    shared = np.maximum(width, 0)
+    shared *= np.maximum(height, 0)
+    needed = one[4] + other[4]
+    needed -= shared  # the union
+    needed *= iou
+    removes: np.ndarray = shared > needed
+    return removes
+
+
+def _greedy(overlaps: np.ndarray) -> List[int]:
+    """Go through candidates ``(N, N)``, best first: each one that is left is kept and removes its row."""
+    rows = np.packbits(overlaps, axis=1)
+    width, data = rows.shape[1], rows.tobytes()
+    chosen, removed, bit = [], 0, 1 << 8 * width
+    for index in range(len(rows)):
+        bit >>= 1
+        if not removed & bit:
+            chosen.append(index)
+            removed |= int.from_bytes(data[index * width : (index + 1) * width], "big")
+    return chosen
 
 
 DEFAULT_THRESHOLDS = Thresholds()
@@ -228,11 +256,22 @@ def postprocess(
         best first.
     """
     chosen = np.flatnonzero(scores > thresholds.score)
-    chosen = chosen[np.isfinite(boxes[chosen]).all(axis=1) & np.isfinite(scores[chosen])]
-    if len(chosen) > thresholds.candidates:
-        chosen = chosen[np.argsort(-scores[chosen], kind="stable")[: thresholds.candidates]]
-    kept = chosen[nms(boxes[chosen], scores[chosen], thresholds.iou, thresholds.detections)]
+    boxes, scores = boxes[chosen], scores[chosen]
+    finite = np.isfinite(boxes).all(axis=1) & np.isfinite(scores)
+    if not finite.all():
+        boxes, scores = boxes[finite], scores[finite]
+    order = np.argsort(-scores, kind="stable")[: thresholds.candidates]
+    boxes, scores = boxes[order], scores[order]
+    kept = _survivors(boxes, thresholds.iou, thresholds.detections)
     found = boxes[kept].astype(np.float32)
-    found[:, 0::2] = np.clip((found[:, 0::2] - placement.left) / placement.scale_x, 0, placement.width)
-    found[:, 1::2] = np.clip((found[:, 1::2] - placement.top) / placement.scale_y, 0, placement.height)
+    _to_original(found[:, 0::2], placement.left, placement.scale_x, placement.width)
+    _to_original(found[:, 1::2], placement.top, placement.scale_y, placement.height)
     return found, scores[kept].astype(np.float32)
+
+
+def _to_original(values: np.ndarray, offset: int, scale: float, limit: int) -> None:
+    """Turn coordinates of the canvas into the original image's, clipped to it, in place."""
+    values -= offset
+    values /= scale
+    np.maximum(values, 0, out=values)
+    np.minimum(values, limit, out=values)

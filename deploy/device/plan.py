@@ -1,7 +1,7 @@
 """Run a bundle: everything that the host would ask for one by one, without a connection.
 
-``run.sh`` calls it in the bundle's folder. Engines are kept, so that a second run goes on where the first one
-ended.
+``run.sh`` and ``camera.sh`` call it in the bundle's folder. Engines are kept, so that a second run goes on where
+the first one ended.
 """
 
 import io
@@ -9,12 +9,14 @@ import json
 import os
 import sys
 import tarfile
-from typing import Any, Dict
+from typing import Any, Callable, Dict, List, Optional
 
 from .errors import AgentError
 from .files import read_json, sha256_of, write_json
 
 RESULTS = "results.json"  # the one file in the archive
+
+Report = Callable[[Dict[str, Any]], None]
 
 
 def run_plan(plan_path: str, archive_path: str) -> int:
@@ -27,7 +29,7 @@ def run_plan(plan_path: str, archive_path: str) -> int:
         results = _run(read_json(plan_path), sha256_of(plan_path))
         _write(results, archive_path)
     except AgentError as error:
-        sys.stderr.write("Error: {} {}\n".format(error.message, error.remedy).rstrip() + "\n")
+        _say(error)
         return 1
     sys.stderr.write(
         "Done: take {} back and run `edgeprune import RUN {}` there.\n".format(*[archive_path] * 2)
@@ -35,24 +37,71 @@ def run_plan(plan_path: str, archive_path: str) -> int:
     return 0
 
 
+def run_camera(plan_path: str, source: Optional[str]) -> int:
+    """Build a plan's engines and run its camera until it ends or ctrl-C is pressed.
+
+    Standard output has the detections, one JSON record a line, if the plan asks for them; everything else goes
+    to standard error.
+
+    Args:
+        source: instead of the plan's.
+
+    Returns:
+        The exit status: 0 if all went well, else 1.
+    """
+    try:
+        plan = read_json(plan_path)
+        job = dict(plan["camera"], engines=_engines(plan))
+        if source is not None:
+            job["source"] = source
+        sys.stderr.write("Ctrl-C ends the camera.\n")
+        found = _job(plan, "camera", "camera", job, _CameraReport(job))
+    except AgentError as error:
+        _say(error)
+        return 1
+    line = "{frames} frames in {seconds:.1f} s, {dropped} dropped; {ended}\n"
+    sys.stderr.write(line.format(**found))
+    for path in filter(None, [found["saved"]] + found["snapshots"]):
+        sys.stderr.write("{}\n".format(path))
+    return 0
+
+
+def _say(error: AgentError) -> None:
+    sys.stderr.write("\nError: {}\n".format(": ".join(filter(None, (error.message, error.remedy)))))
+
+
+class _CameraReport:
+    """What a person at the board is told."""
+
+    def __init__(self, job: Dict[str, Any]) -> None:
+        self._listen = job["listen"]
+
+    def __call__(self, event: Dict[str, Any]) -> None:
+        if event["event"] == "listening":
+            query = "?token={}".format(self._listen["token"]) if self._listen["token"] else ""
+            place = "http://{}:{}/{}".format(self._listen["host"], event["port"], query)
+            sys.stderr.write("\nThe camera is at {}\n".format(place))
+        elif event["event"] == "camera":
+            line = "\r{:.1f} FPS, people {}, {} frames, {} dropped  "
+            sys.stderr.write(line.format(event["fps"], event["people"], event["frames"], event["dropped"]))
+        elif event["event"] == "detections":
+            sys.stdout.write(json.dumps(event) + "\n")
+        sys.stderr.flush()
+
+
+def _engines(plan: Dict[str, Any]) -> List[Any]:
+    shared = {name: plan[name] for name in ("backend", "precision", "options")}
+    return [
+        _job(plan, "build", "build-{}".format(index), dict(shared, model=model))
+        for index, model in enumerate(plan["models"])
+    ]
+
+
 def _run(plan: Dict[str, Any], plan_sha256: str) -> Dict[str, Any]:
     found: Dict[str, Any] = {"plan_sha256": plan_sha256, "protocol": plan["protocol"]}
     found["probe"] = _job(plan, "probe", "probe", {})
     shared = {name: plan[name] for name in ("preprocessing", "thresholds")}
-    found["engines"] = [
-        _job(
-            plan,
-            "build",
-            "build-{}".format(index),
-            {
-                "model": model,
-                "backend": plan["backend"],
-                "precision": plan["precision"],
-                "options": plan["options"],
-            },
-        )
-        for index, model in enumerate(plan["models"])
-    ]
+    found["engines"] = _engines(plan)
     timed = dict(plan["bench"], engines=found["engines"], power=plan["power"], **shared)
     timed["images"] = plan["images"][: plan["bench"]["image_count"]]
     found["bench"] = _job(plan, "bench", "bench", timed)
@@ -80,7 +129,9 @@ def _run(plan: Dict[str, Any], plan_sha256: str) -> Dict[str, Any]:
     return found
 
 
-def _job(plan: Dict[str, Any], command: str, name: str, job: Dict[str, Any]) -> Any:
+def _job(
+    plan: Dict[str, Any], command: str, name: str, job: Dict[str, Any], report: Optional[Report] = None
+) -> Any:
     from .agent import supervise  # which imports this module
 
     folder = os.path.join("jobs", name)
@@ -88,13 +139,13 @@ def _job(plan: Dict[str, Any], command: str, name: str, job: Dict[str, Any]) -> 
     job_path, result_path = os.path.join(folder, "job.json"), os.path.join(folder, "result.json")
     write_json(job_path, dict(job, protocol=plan["protocol"]))
 
-    def report(event: Dict[str, Any]) -> None:
+    def progress(event: Dict[str, Any]) -> None:
         if event["event"] == "progress":
             sys.stderr.write("\r{}: {} of {}  ".format(name, event["done"], event["total"]))
             sys.stderr.flush()
 
     sys.stderr.write("{} ...".format(name))
-    result = supervise(command, job_path, result_path, report)
+    result = supervise(command, job_path, result_path, report or progress)
     sys.stderr.write("\n")
     if not result["ok"]:
         error = result["error"]

@@ -118,6 +118,7 @@ def inside(path: str) -> None:
 
 def main(root: str) -> None:
     source, sink = sys.stdin.buffer, sys.stdout
+    os.umask(0o077)  # a job may hold a camera's password or the token of its page
     place = root
     try:
         os.makedirs(root, mode=0o700, exist_ok=True)

@@ -5,19 +5,20 @@ tegrastats prints one line per interval. Its traps, each seen on a board: a date
 either case; no clock unless run as root; GR3D_FREQ without utilisation, or with a list of clocks.
 """
 
+import collections
 import glob
 import os
 import re
 import shutil
 import subprocess
-import tempfile
 import time
-from typing import Any, Dict, List, Optional
+from typing import Any, Deque, Dict, Iterable, List, Optional
 
 from . import system
 
 INTERVAL_S = 1.0
 SENSOR_OFF_C = -256.0
+INPUT_RAIL_ENDS = ("_IN", "SYS_5V0", "SYS5V")  # names of rails that feed the whole board
 
 _RAM = re.compile(r"\bRAM (\d+)/(\d+)MB")
 _SWAP = re.compile(r"\bSWAP (\d+)/(\d+)MB")
@@ -81,17 +82,25 @@ def ina3221_mw() -> Dict[str, float]:
     return found
 
 
+def board_rails(names: Iterable[str]) -> List[str]:
+    """The rails that together are the board's power: its input where that is measured, else all."""
+    rails = sorted(names)
+    return [name for name in rails if name.endswith(INPUT_RAIL_ENDS)][:1] or rails
+
+
 class Telemetry:
     """Samples of the board while a job runs. `tick` is called often and samples once in a while.
 
     tegrastats, where it is there, runs as a process of its own, so that the job's timings are not disturbed.
+
+    Args:
+        kept: samples, the last ones; all of them unless it is said.
     """
 
-    def __init__(self) -> None:
-        self.samples: List[Dict[str, Any]] = []
+    def __init__(self, kept: Optional[int] = None) -> None:
+        self.samples: Deque[Dict[str, Any]] = collections.deque(maxlen=kept)
         self._process: Optional["subprocess.Popen[bytes]"] = None
-        self._output = tempfile.TemporaryFile()
-        self._read = 0
+        self._rest = b""
         self._due = 0.0
 
     def __enter__(self) -> "Telemetry":
@@ -101,16 +110,17 @@ class Telemetry:
             self._process = subprocess.Popen(
                 [program, "--interval", interval],
                 stdin=subprocess.DEVNULL,
-                stdout=self._output,
+                stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
             )
+            assert self._process.stdout is not None
+            os.set_blocking(self._process.stdout.fileno(), False)
         return self
 
     def __exit__(self, *exception: Any) -> None:
         if self._process:
             self._process.terminate()
-            self._process.wait()
-        self._output.close()
+            self._process.communicate()
 
     def tick(self) -> None:
         """Take a sample if one is due."""
@@ -133,8 +143,7 @@ class Telemetry:
         self.samples.append(sample)
 
     def _last_line(self) -> str:
-        # pread: the file's own position belongs to tegrastats, which shares it.
-        chunk = os.pread(self._output.fileno(), 1 << 16, self._read)
-        lines = chunk.split(b"\n")
-        self._read += len(chunk) - len(lines[-1])
-        return lines[-2].decode("utf-8", "replace") if len(lines) > 1 else ""
+        if not self._process or not self._process.stdout:
+            return ""
+        *lines, self._rest = (self._rest + (self._process.stdout.read() or b"")).split(b"\n")
+        return lines[-1].decode("utf-8", "replace") if lines else ""

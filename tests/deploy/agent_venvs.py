@@ -20,7 +20,11 @@ REQUIREMENTS = {
     "3.12": ("numpy==2.5.5", "pillow==13.0.0", "onnxruntime==1.32.0"),
     # TensorRT for RTX builds engines on a machine without a GPU. 90 MB, proprietary: for tests alone.
     "rtx": ("numpy==2.2.6", "tensorrt-rtx-cu12==1.7.1.116"),
+    # Debian's own Python with its OpenCV, which has GStreamer as JetPack's has.
+    "debian": ("onnxruntime==1.19.2",),
 }
+DEBIAN_PYTHON = Path("/usr/bin/python3")
+DEBIAN_PACKAGES = "python3-opencv python3-venv gstreamer1.0-tools gstreamer1.0-plugins-base"
 PYTHON_OF = {"rtx": "3.10"}
 PIP = {"3.6": "pip==21.3.1"}  # the last one for it
 
@@ -63,8 +67,14 @@ def ensure(name: str) -> Path:
         if mark.is_file() and mark.read_text() == "\n".join(requirements):
             return python
         shutil.rmtree(folder, ignore_errors=True)
-        interpreter = find_interpreter(PYTHON_OF.get(name, name))
-        _run([str(interpreter), "-m", "venv", str(folder)])
+        if name == "debian":
+            if not shutil.which("gst-inspect-1.0") or not DEBIAN_PYTHON.is_file():
+                raise Missing(f"no GStreamer here (apt-get install {DEBIAN_PACKAGES})")
+            _run([str(DEBIAN_PYTHON), "-c", "import cv2"])
+            _run([str(DEBIAN_PYTHON), "-m", "venv", "--system-site-packages", str(folder)])
+        else:
+            interpreter = find_interpreter(PYTHON_OF.get(name, name))
+            _run([str(interpreter), "-m", "venv", str(folder)])
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         if name in PIP:
             _run([*pip, PIP[name]])

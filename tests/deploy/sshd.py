@@ -35,7 +35,7 @@ class Sshd:
     config: an ssh configuration whose host "board" works.
     """
 
-    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, environment: Mapping[str, str], options: str = "") -> None:
         self.folder = folder
         folder.mkdir(mode=0o700, parents=True)
         for name in ("host", "other_host", "user", "stranger"):
@@ -60,6 +60,7 @@ KbdInteractiveAuthentication no
 PermitRootLogin prohibit-password
 Subsystem sftp internal-sftp
 {"SetEnv " + values if values else ""}
+{options}
 """
         )
         program = shutil.which("sshd", path=os.environ["PATH"] + ":/usr/sbin:/sbin")

@@ -96,7 +96,7 @@ def test_a_failed_step_is_said_and_a_rerun_completes(
     done = run(folder, agent_python("rtx"), tmp_path)  # has no ONNX Runtime, and no OpenCV or Pillow
     assert done.returncode == 1
     assert "Error: " in done.stderr
-    assert "pip install" in done.stderr
+    assert ": install it for the device's python3: python3 -m pip install" in done.stderr
     assert "Traceback" not in done.stderr
     shutil.rmtree(tmp_path / "jetson")
     assert run(folder, agent_python("3.8"), tmp_path).returncode == 0
@@ -133,6 +133,13 @@ def test_a_benchmark_is_given_once(results: tuple[dict[str, Any], str], tmp_path
     together, alone, more = (session.benchmark([engine], [], PREPROCESSING) for _ in range(3))
     assert len(together.samples_ms(0, "engine")) >= 20
     assert alone.telemetry["samples"][-1]["power_mw"]["POM_5V_IN"] == 933
+    assert together.idle_s is None
+    assert alone.idle_s is not None
+    assert alone.idle_s[1] - alone.idle_s[0] > 0.19
+    assert alone.idle_s[1] <= alone.blocks[0].start_s
+    for block in alone.blocks:
+        assert block.samples_ms.keys() == {"end_to_end"}
+        assert block.images == 1 + len(block.samples_ms["end_to_end"])
     assert more.blocks == ()
     assert session.profile(engine, tmp_path / "model.onnx", PREPROCESSING).times_ms
 

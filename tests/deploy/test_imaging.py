@@ -66,6 +66,40 @@ def test_nms_equals_the_definition(candidates: list[tuple[int, ...]], iou: float
     assert nms(boxes, scores, iou).tolist() == one_box_at_a_time(boxes, scores, iou)
 
 
+def one_box_at_a_time_in_float32(boxes: np.ndarray, scores: np.ndarray, iou: float, limit: int) -> list[int]:
+    """Greedy NMS in the arithmetic of the device: every product and sum rounded to float32, in this order."""
+    x1, y1, x2, y2 = boxes.T
+    area = (x2 - x1) * (y2 - y1)
+    kept: list[int] = []
+    for index in np.argsort(-scores, kind="stable"):
+        width = np.minimum(x2[index], x2[kept]) - np.maximum(x1[index], x1[kept])
+        height = np.minimum(y2[index], y2[kept]) - np.maximum(y1[index], y1[kept])
+        shared = np.maximum(width, 0) * np.maximum(height, 0)
+        if not (shared > np.float32(iou) * (area[index] + area[kept] - shared)).any():
+            kept.append(int(index))
+    return kept[:limit]
+
+
+@pytest.mark.parametrize(("count", "spread"), [(1000, 40.0), (1000, 3.0), (130, 8.0), (64, 8.0), (1, 1.0)])
+def test_nms_is_the_definition_to_the_last_bit(count: int, spread: float) -> None:
+    """Candidates scattered around 30 people: kept are those of one float32 box at a time, in their order.
+
+    From crowds, where 300 are kept, to heaps, where nearly all fall; scores repeat, as a detector's do.
+    """
+    random = np.random.default_rng(count)
+    people = random.uniform(0, 320, (30, 2))[random.integers(0, 30, count)]
+    centres = people + random.normal(0, spread, (count, 2))
+    sizes = random.uniform(8, 60, (count, 2))
+    boxes = np.concatenate([centres - sizes / 2, centres + sizes / 2], axis=1).astype(np.float32)
+    scores = random.uniform(0.01, 1, count).astype(np.float16).astype(np.float32)
+    for iou in (0.6, 0.3):
+        expected = one_box_at_a_time_in_float32(boxes, scores, iou, 300)
+        assert nms(boxes, scores, iou, 300).tolist() == expected
+        found, kept = postprocess(boxes, scores, WHOLE, Thresholds(iou=iou))
+        assert np.array_equal(found, np.clip(boxes[expected], 0, 1000))
+        assert np.array_equal(kept, scores[expected])
+
+
 def test_nms_stops_at_the_limit() -> None:
     """The limit cuts the list of kept boxes, also when a block of candidates holds more."""
     boxes = np.array([[20 * i, 0, 20 * i + 10, 10] for i in range(150)], np.float32)

@@ -134,6 +134,8 @@ def test_benchmark_interleaves_engines(session: Session, tmp_path: Path, images:
     for block in found.blocks:
         recorded_s = sum(map(sum, block.samples_ms.values())) / 1e3
         assert recorded_s <= block.end_s - block.start_s
+        assert block.images == 1 + len(block.samples_ms["end_to_end"])
+        assert block.images_per_s is None  # no copies to overlap in ONNX Runtime on the CPU
     assert all(runs >= 10 for runs in found.warmup_runs)
     assert 0 < found.timer_overhead_ms < 0.1
     assert Latencies.from_json(found.to_json()) == found

@@ -101,6 +101,7 @@ def test_build_and_inference_use_what_the_version_has(
     # The double's clock moves 0.5 ms between the events around the inference, and twice more with the copies.
     assert set(latencies.samples_ms(0, "engine")) == {0.5}
     assert set(latencies.samples_ms(1, "engine_with_copies")) == {1.5}
+    assert all(block.images_per_s and block.images_per_s > 0 for block in latencies.blocks)
     profile = session.profile(engine, images[100], PREPROCESSING, runs=2)
     assert profile.times_ms == {"stem": (0.25, 0.25), "head + sigmoid": (0.5, 0.5)}
     assert profile.described
@@ -150,6 +151,58 @@ def test_a_free_batch_gets_a_profile(
         engine = session.build(tmp_path / "free.onnx", options={"batch": [1, 2, 4]})
         [first, *_] = session.evaluate(engine, images, PREPROCESSING).detections
         assert len(first.scores) == 3
+
+
+def test_throughput_keeps_two_images_in_flight(
+    *,
+    board: Callable[..., Session],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: Path,
+    images: dict[int, Path],
+) -> None:
+    """While the GPU is waited for the other stream has work, until the last image; latencies have one."""
+    session = board("10.3.0")
+    engine = session.build(model)
+    waits = tmp_path / "waits"
+    monkeypatch.setenv("EDGEPRUNE_TEST_STREAMS", str(waits))
+    found = session.benchmark(
+        [engine], [images[100]], PREPROCESSING, runs=6, block_runs=6, scopes=["throughput"]
+    )
+    [block] = found.blocks
+    assert block.samples_ms == {}
+    assert block.images_per_s is not None and block.images_per_s > 0
+    assert waits.read_text().split()[-8:] == ["1"] * 7 + ["0"]
+    alone = session.benchmark([engine], [images[100]], PREPROCESSING, runs=1, scopes=["engine"])
+    assert alone.blocks[0].images_per_s is None
+    assert waits.read_text().split()[-10:] == ["0"] * 10
+
+
+def test_throughput_is_left_out_where_memory_is_short(
+    board: Callable[..., Session], monkeypatch: pytest.MonkeyPatch, model: Path, images: dict[int, Path]
+) -> None:
+    """With room for one image's tensors and not for two, latencies are measured and throughput is not."""
+    session = board("10.3.0")
+    engine = session.build(model)
+    monkeypatch.setenv("EDGEPRUNE_TEST_GPU_BYTES", str(3 * 32 * 48 * 4 * 3 // 2))
+    found = session.benchmark([engine], [images[100]], PREPROCESSING, runs=2, block_runs=2)
+    assert found.blocks[0].images_per_s is None
+    assert len(found.samples_ms(0, "engine")) == 2
+
+
+def test_a_free_batch_has_no_throughput(
+    board: Callable[..., Session], tmp_path: Path, images: dict[int, Path]
+) -> None:
+    """Two contexts cannot share a range of shapes in every version: not measured, and no failure."""
+    free = onnx.load(write_model(tmp_path / "free.onnx"))
+    for value in (*free.graph.input, free.graph.output[1]):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    onnx.save(free, tmp_path / "free.onnx")
+    session = board("8.2.1")
+    engine = session.build(tmp_path / "free.onnx")
+    found = session.benchmark([engine], list(images.values()), PREPROCESSING, runs=2, block_runs=2)
+    assert found.blocks[0].images_per_s is None
+    assert len(found.samples_ms(0, "engine_with_copies")) == 2
 
 
 def test_options_of_the_builder(board: Callable[..., Session], tmp_path: Path, model: Path) -> None:
@@ -331,6 +384,12 @@ OTHERS = {
     ),
     *(
         "is_input",
+        "images",
+        "boxes",
+        "scores",
+        "stream",
+        "free_batch",
+        "perf_counter",
         "host",
         "device",
         "times_ms",

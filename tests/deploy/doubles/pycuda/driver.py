@@ -22,6 +22,10 @@ class LogicError(Error):
     pass
 
 
+class MemoryError(Error):
+    pass
+
+
 def _need_context():
     if len(_contexts) > 1:
         raise LogicError("memory of one context would be used in another one")
@@ -71,6 +75,9 @@ class Context:
 class DeviceAllocation:
     def __init__(self, size):
         _need_context()
+        held = sum(len(memory) for memory in _memory.values())
+        if held + size > int(os.environ.get("EDGEPRUNE_TEST_GPU_BYTES", "1000000000")):
+            raise MemoryError("cuMemAlloc failed: out of memory")
         self._address = 4096 * (1 + max([address // 4096 + 1 for address in _memory] or [0]))
         _memory[self._address] = np.zeros(size, np.uint8)
 
@@ -102,6 +109,10 @@ class Stream:
 
     def synchronize(self):
         _need_context()
+        if os.environ.get("EDGEPRUNE_TEST_STREAMS"):  # a line a wait: streams that have work meanwhile
+            with open(os.environ["EDGEPRUNE_TEST_STREAMS"], "a", encoding="utf-8") as file:
+                busy = sum(bool(stream._work) for stream in _Stream.known.values() if stream is not self)
+                file.write(str(busy) + "\n")
         work, self._work = self._work, []
         for step in work:
             step()

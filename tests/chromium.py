@@ -53,8 +53,8 @@ class Browser:
                 result: dict[str, Any] = reply["result"]
                 return result
 
-    def open(self, page: Path, width: int, dark: bool) -> None:
-        """Load a local file at this width (CSS pixels) and wait until it is drawn."""
+    def open(self, page: Path | str, width: int, dark: bool) -> None:
+        """Load a local file or an address at this width (CSS pixels) and wait until it is drawn."""
         self(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -64,7 +64,7 @@ class Browser:
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self("Emulation.setEmulatedMedia", features=[scheme])
-        self("Page.navigate", url=page.as_uri())
+        self("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         while self._next().get("method") != "Page.loadEventFired":
             pass
 
@@ -93,7 +93,7 @@ def browser(profile: Path) -> Iterator[Browser]:
     """A fresh browser with its own profile folder; the test is skipped where Chromium is not installed."""
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
-        pytest.skip("Chromium is not installed: the report was not looked at in a browser")
+        pytest.skip("Chromium is not installed: the page was not looked at in a browser")
     (theirs_in, ours_out), (ours_in, theirs_out) = _pipe(), _pipe()
 
     def use_3_and_4() -> None:  # the descriptors that Chromium's protocol reads and writes

@@ -92,7 +92,7 @@ def choose(
     """
     goal = math.floor(goal * (1 + 1e-12))  # costs are whole; 59.999999999999996 asks for 60
     savings = None if per == "none" else _savings(COSTS[per](groups))
-    ledger = _Ledger(groups, limits, original)
+    ledger = Ledger(groups, limits, original)
     spent = _Spending(COSTS[cost](groups))
     bundles = [
         (rank, index, place, units)
@@ -121,7 +121,7 @@ def choose(
 
 
 def _bundles(
-    group: Group, scores: Scores, savings: Mapping[int, float] | None, ledger: _Ledger
+    group: Group, scores: Scores, savings: Mapping[int, float] | None, ledger: Ledger
 ) -> list[tuple[float, tuple[int, ...]]]:
     """Units of a group in the order of removal, in bundles that bring its layers to multiples, each with its
     rank; what fills no bundle stays."""
@@ -192,8 +192,8 @@ class _Spending:
         self.total = float(self.values.sum())
 
 
-class _Ledger:
-    """How many channels each layer, and each tensor, has left, and what may still go."""
+class Ledger:
+    """How many channels each layer, and each tensor, has left; what may still go, and what forbids it."""
 
     def __init__(self, groups: Groups, limits: Limits, original: Mapping[str, int]) -> None:
         self.limits = limits

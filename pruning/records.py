@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from edgeprune.data.precision import DetectionQuality
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -47,6 +49,32 @@ class FineTuneRecord:
 
 
 @dataclass(frozen=True)
+class MeasuredLatency:
+    """Latency of an engine, by its ratio to the unpruned one, measured in turn with it."""
+
+    ms: float  # ratio x the unpruned engine's when the run began: free of what has slowed the device since
+    low_ms: float | None  # 95 % interval; None with too few rounds for one
+    high_ms: float | None
+
+
+@dataclass(frozen=True)
+class LatencyRecord:
+    """A step's latency in a run whose budget is one, before fine-tuning, which does not change it."""
+
+    asked_ms: float | None  # None for iteration 0
+    predicted_ms: float  # by the table, as the measurements before had corrected it
+    measured: MeasuredLatency | None  # None: there was no device
+    correction: float  # of the table, after this measurement
+    gap: float  # the best choice loses at most this share less importance
+    trials: int  # choices that were measured
+
+    @property
+    def ms(self) -> float:
+        """The best that is known."""
+        return self.measured.ms if self.measured else self.predicted_ms
+
+
+@dataclass(frozen=True)
 class PruningStep:
     """One iteration: score, remove, fine-tune, evaluate. AP is on the validation data, which decides nothing."""
 
@@ -58,17 +86,20 @@ class PruningStep:
     channels: Mapping[str, int]  # layer -> channels it produces now
     removed: Mapping[str, int]  # layer -> channels removed in this step
     channels_removed: int  # in this step, over all layers
-    requested_share: float  # of the original parameters, MACs or channels, in all up to this step
+    requested_share: float  # of the original parameters, MACs, channels or latency, in all up to this step
     achieved_share: float
     importance: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # layer -> min, quartiles, max
     ap_before: float | None = None  # before this step's fine-tuning
     ap50_before: float | None = None
     ap_after: float | None = None
     ap50_after: float | None = None
+    ap75_after: float | None = None
+    quality: DetectionQuality | None = None  # of `ap_after`
     images: int | None = None  # behind each AP
     boxes: int | None = None
     finetune: FineTuneRecord | None = None
     stopped: str | None = None  # why the run ended here, if it did not reach its last step
+    latency: LatencyRecord | None = None  # where the budget is a latency
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -81,6 +112,13 @@ class PruningStep:
             tuned["losses"] = tuple(tuned["losses"])
             tuned["select_ap"] = tuple(tuned["select_ap"])
             known["finetune"] = FineTuneRecord(**tuned)
+        if known.get("quality"):
+            known["quality"] = DetectionQuality.from_json(known["quality"])
+        if known.get("latency"):
+            measured = known["latency"]["measured"]
+            known["latency"] = LatencyRecord(
+                **{**known["latency"], "measured": measured and MeasuredLatency(**measured)}
+            )
         known["importance"] = {layer: tuple(values) for layer, values in known["importance"].items()}
         return cls(**known)
 

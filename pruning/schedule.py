@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,26 +20,29 @@ from torch import nn
 
 from edgeprune.data.dataset import Dataset
 from edgeprune.data.errors import EdgePruneError
-from edgeprune.data.precision import AveragePrecision
+from edgeprune.data.precision import ImageDetections, average_precision, detection_quality
 from edgeprune.deploy.device.imaging import normalise
 from edgeprune.detectors import distributed
 from edgeprune.detectors.batches import batches
 from edgeprune.detectors.canvases import Canvases
-from edgeprune.detectors.evaluation import evaluate
+from edgeprune.detectors.evaluation import detect
 from edgeprune.detectors.protocol import Detector, Progress
 from edgeprune.detectors.training import FineTuneOptions, FineTuneResult, fine_tune
-from edgeprune.pruning.budget import COSTS, Limits, choose
+from edgeprune.pruning.budget import COSTS, Limits
 from edgeprune.pruning.checkpoint import RECORD, describe, load_step, save_step, trace_detector
 from edgeprune.pruning.counting import count
 from edgeprune.pruning.graph import Network
 from edgeprune.pruning.groups import Groups, find_groups
 from edgeprune.pruning.imitation import Imitation
 from edgeprune.pruning.importance import LossBatch, Scores, Scoring, find_criterion, score
-from edgeprune.pruning.records import FineTuneRecord, PrunedDetector, PruningStep
-from edgeprune.pruning.replacement import REPLACEMENTS, input_statistics
+from edgeprune.pruning.narrowing import Candidates, LatencyBudget, within_cost, within_latency
+from edgeprune.pruning.records import FineTuneRecord, LatencyRecord, PrunedDetector, PruningStep
+from edgeprune.pruning.replacement import REPLACEMENTS
 from edgeprune.pruning.surgery import largest_difference, masked, remove
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Stage = Callable[
     [str], AbstractContextManager[Progress]
@@ -128,6 +132,7 @@ def prune_iteratively(
     *,
     device: str | torch.device = "cpu",
     stage: Stage,
+    latency: LatencyBudget | None = None,
 ) -> Iterator[PrunedDetector]:
     """Yield the unpruned detector as iteration 0, then one detector an iteration, each on the CPU.
 
@@ -139,12 +144,13 @@ def prune_iteratively(
         detector: a `Detector` with its trained weights; it is not changed.
         folder: where each iteration is saved; what is saved there already is loaded instead of computed.
         device: where scoring, fine-tuning and evaluation run.
+        latency: what to come down to, instead of the options' share of a cost.
 
     Raises:
         EdgePruneError: If the network cannot be followed, nothing can be removed, data or weights are
             unusable, or something cannot be written.
     """
-    run = _Run(name, detector, data, options, folder, torch.device(device), stage)
+    run = _Run(name, detector, data, options, folder, torch.device(device), stage, latency)
     pruned = run.saved(0) or run.begin()
     original = pruned
     yield pruned
@@ -170,8 +176,10 @@ class _Run:
         folder: Callable[[int], Path],
         device: torch.device,
         stage: Stage,
+        latency: LatencyBudget | None,
     ) -> None:
         self.name, self.detector, self.data, self.options = name, detector, data, options
+        self.latency = latency
         self.protocol: Detector = detector  # type: ignore[assignment]
         self.folder, self.device, self.stage = folder, device, stage
         self.val = Canvases(data.val, self.protocol.input_size, self.protocol.preprocessing)
@@ -182,7 +190,11 @@ class _Run:
     def begin(self) -> PrunedDetector:
         network = trace_detector(self.detector, self.protocol.input_size).eval()
         cost = count(network)
-        found = self.average_precision("iteration 0: AP of the unpruned detector", network)
+        latency = None
+        if self.latency is not None:
+            groups = find_groups(network).protect(self.options.protect)
+            latency = self.latency.begin(network, groups, self.options.limits)
+        found = self.validated("iteration 0: AP of the unpruned detector", network)
         step = PruningStep(
             iteration=0,
             criterion="none",
@@ -194,12 +206,10 @@ class _Run:
             channels_removed=0,
             requested_share=0.0,
             achieved_share=0.0,
-            ap_before=found.ap,
-            ap50_before=found.ap50,
-            ap_after=found.ap,
-            ap50_after=found.ap50,
-            images=found.images,
-            boxes=found.boxes,
+            ap_before=found["ap_after"],
+            ap50_before=found["ap50_after"],
+            latency=latency,
+            **found,
         )
         return self.save(network, (step,), self.folder(0))
 
@@ -217,13 +227,8 @@ class _Run:
         step = narrow.steps[-1]
         if self.options.finetune.epochs:
             result = self.fine_tuned(iteration, narrow.network, original.network, folder)
-            found = self.average_precision(f"iteration {iteration}: AP after fine-tuning", narrow.network)
-            step = replace(
-                step,
-                ap_after=found.ap,
-                ap50_after=found.ap50,
-                finetune=_record(result, self.options.finetune),
-            )
+            found = self.validated(f"iteration {iteration}: AP after fine-tuning", narrow.network)
+            step = replace(step, finetune=_record(result, self.options.finetune), **found)
         reason = self.too_low(iteration, narrow.network, original.network)
         if reason is None:
             pruned = self.save(narrow.network, (*last.steps, step), folder)
@@ -254,42 +259,29 @@ class _Run:
                 groups,
                 self.protocol,
                 self.scoring_batches(images),
-                fold_means=options.replacement != "zero",
+                replacement=options.replacement,
                 seed=options.seed + iteration,
                 progress=lambda done, _: told(done, images),
             )
             scores = score(options.criterion, scoring)
-        statistics = {}
-        if options.replacement != "zero":
-            with self.stage(f"iteration {iteration}: how channels predict each other"):
-                give = self.scoring_batches(images)
-                statistics = input_statistics(groups, lambda: (pictures for pictures, _ in give()))
-        unpruned = find_groups(original.network)
-        whole = COSTS[options.budget](unpruned).total()
-        added = 0.0  # biases that carry what removed channels leave behind
-        while True:
-            choice = choose(
-                groups,
-                scores,
-                cost=options.budget,
-                goal=whole * (1 - options.share(iteration)) - added,
-                per=options.per,
-                limits=options.limits,
-                original={layer: len(ids) for layer, ids in unpruned.outputs.items()},
-            )
-            stand_ins = REPLACEMENTS[options.replacement](groups, choice.units, statistics)
-            narrow = remove(groups, choice.units, stand_ins)
-            left = COSTS[options.budget](find_groups(narrow)).total()
-            if choice.stopped or left - choice.cost <= added:
-                break
-            added = left - choice.cost
-        self.prove(groups, choice.units)
-        narrow = narrow.to("cpu")
+            statistics = scoring.statistics
+
+        def without(units: tuple[int, ...]) -> Network:
+            stand_ins = REPLACEMENTS[options.replacement](groups, units, statistics)
+            return remove(groups, units, stand_ins).to("cpu")
+
+        share = self.share(iteration, original)
+        candidates = Candidates(groups, scores, without, find_groups(original.network), options.limits)
+        if self.latency is None:
+            narrow = within_cost(candidates, cost=options.budget, share=share, per=options.per)
+        else:
+            narrow = within_latency(candidates, self.latency, share, _latency(original), _latency(last))
+        self.prove(groups, narrow.units)
         network.to("cpu")
         self.detector.to("cpu")
-        cost = count(narrow)
-        found = self.average_precision(f"iteration {iteration}: AP before fine-tuning", narrow)
-        removed = _removed(groups, choice.units)
+        cost = count(narrow.network)
+        found = self.validated(f"iteration {iteration}: AP before fine-tuning", narrow.network)
+        removed = _removed(groups, narrow.units)
         step = PruningStep(
             iteration=iteration,
             criterion=options.criterion,
@@ -299,20 +291,25 @@ class _Run:
             channels={layer.layer: layer.channels for layer in cost.layers},
             removed=removed,
             channels_removed=sum(removed.values()),
-            requested_share=options.share(iteration),
-            achieved_share=1 - left / whole,
+            requested_share=share,
+            achieved_share=1 - narrow.left,
             importance=_spread(groups, scores),
-            ap_before=found.ap,
-            ap50_before=found.ap50,
-            ap_after=found.ap,
-            ap50_after=found.ap50,
-            images=found.images,
-            boxes=found.boxes,
-            stopped=choice.stopped,
+            ap_before=found["ap_after"],
+            ap50_before=found["ap50_after"],
+            stopped=narrow.stopped,
+            latency=narrow.latency,
+            **found,
         )
-        return PrunedDetector(
-            describe(self.name, self.protocol, narrow), self.detector, narrow, (*last.steps, step)
-        )
+        spec = describe(self.name, self.protocol, narrow.network)
+        return PrunedDetector(spec, self.detector, narrow.network, (*last.steps, step))
+
+    def share(self, iteration: int, original: PrunedDetector) -> float:
+        """Share of the unpruned network's cost or latency that is to be gone after an iteration."""
+        if self.latency is None:
+            return self.options.share(iteration)
+        unpruned_ms = _latency(original).ms
+        remove = 1 - self.latency.final_ms(unpruned_ms) / unpruned_ms
+        return replace(self.options, remove=remove).share(iteration)
 
     def scoring_batches(self, images: int) -> Callable[[], Iterator[LossBatch]]:
         """The same images at each call, a seeded choice, those with boxes first; this process' share of them."""
@@ -375,19 +372,26 @@ class _Run:
                 follow=Imitation(find_groups(teacher), network),
             )
 
-    def average_precision(self, what: str, network: Network) -> AveragePrecision:
-        """On the validation data, by the first process for all."""
-        return self.evaluated(what, network, self.val)
+    def validated(self, what: str, network: Network) -> dict[str, Any]:
+        """A step's fields about its detections on the validation data."""
+        return self.evaluated(what, network, self.val, _validation_fields)
 
-    def evaluated(self, what: str, network: Network, canvases: Canvases) -> AveragePrecision:
-        """By the first process for all."""
+    def evaluated(
+        self,
+        what: str,
+        network: Network,
+        canvases: Canvases,
+        measure: Callable[[Dataset, Sequence[ImageDetections]], T],
+    ) -> T:
+        """What `measure` makes of a network's detections, by the first process for all."""
         found = None
         if distributed.rank() == 0:
             self.detector.to(self.device)
             with self.stage(what) as told:
                 data = canvases.dataset
                 network.to(self.device)
-                found = evaluate(self.protocol, network, data, self.device, told, canvases=canvases)
+                detections = detect(self.protocol, network, data, self.device, told, canvases=canvases)
+                found = measure(data, detections)
             network.to("cpu")
             self.detector.to("cpu")
         shared = distributed.from_first(found)
@@ -401,7 +405,9 @@ class _Run:
             return None
         select = Canvases(self.data.select, self.protocol.input_size, self.protocol.preprocessing)
         what = f"iteration {iteration}: AP on held-out training data"
-        now, first = (self.evaluated(what, each, select).ap for each in (network, original))
+        now, first = (
+            self.evaluated(what, each, select, average_precision).ap for each in (network, original)
+        )
         if options.min_ap is not None and now < options.min_ap:
             return f"AP on held-out training data is {now:.3f}, below --min-ap {options.min_ap:g}"
         if options.stop_ap_drop is not None and first - now > options.stop_ap_drop:
@@ -418,6 +424,25 @@ class _Run:
 def _load_if_saved(folder: Path) -> PrunedDetector | None:
     """The first process looks, so that all do the same."""
     return load_step(folder) if distributed.from_first((folder / RECORD).is_file()) else None
+
+
+def _validation_fields(dataset: Dataset, detections: Sequence[ImageDetections]) -> dict[str, Any]:
+    found = average_precision(dataset, detections)
+    return {
+        "ap_after": found.ap,
+        "ap50_after": found.ap50,
+        "ap75_after": found.ap75,
+        "quality": detection_quality(dataset, detections),
+        "images": found.images,
+        "boxes": found.boxes,
+    }
+
+
+def _latency(pruned: PrunedDetector) -> LatencyRecord:
+    """Of a step in a run whose budget is a latency."""
+    record = pruned.steps[-1].latency
+    assert record is not None
+    return record
 
 
 def _removed(groups: Groups, units: Sequence[int]) -> dict[str, int]:

@@ -1,0 +1,91 @@
+"""Time the engines of narrowed networks against the unpruned one, for a run whose budget is a latency.
+
+Their weights do not matter, so it is done before any fine-tuning.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+
+from edgeprune.benchmarks.latency_table import is_typed_half
+from edgeprune.benchmarks.measure import BenchmarkOptions, measure_interleaved
+from edgeprune.benchmarks.statistics import paired_ratio, summarise
+from edgeprune.deploy.device.imaging import Preprocessing
+from edgeprune.deploy.records import Engine
+from edgeprune.deploy.session import Session
+from edgeprune.deploy.targets import Target
+from edgeprune.detectors.protocol import Detector
+from edgeprune.export.model import export_onnx
+from edgeprune.pruning.graph import Network
+from edgeprune.pruning.records import MeasuredLatency
+
+SCOPE = "engine"
+OPTIONS = BenchmarkOptions(runs=120, block_runs=10)  # 12 rounds: enough for an interval
+
+
+def exporter(detector: Detector, target: Target, precision: str) -> Callable[[Network, Path], None]:
+    """Writes networks of a detector, with their decoding, as ONNX files for engines of a target."""
+    typed: Literal["fp16", "fp32"] = "fp16" if is_typed_half(target, precision) else "fp32"
+
+    def export(network: Network, path: Path) -> None:
+        export_onnx(detector, network, path, opset=target.max_opset, metadata={}, precision=typed)
+
+    return export
+
+
+class EngineTimer:
+    """Called with a network, gives the latency of its engine on the session's device."""
+
+    def __init__(
+        self,
+        session: Session,
+        build: Callable[[Path], Engine],
+        export: Callable[[Network, Path], object],
+        preprocessing: Preprocessing,
+        unpruned: Network,
+        unpruned_ms: float | None,
+        options: BenchmarkOptions = OPTIONS,
+    ) -> None:
+        """
+        Args:
+            build: builds an ONNX file's engine with the session, in the run's precision.
+            export: writes a network, with its decoding, as ONNX.
+            unpruned: what each network is timed beside.
+            unpruned_ms: its latency when the run began; None: it begins with the first call.
+        """
+        self.session, self.build, self.export = session, build, export
+        self.preprocessing, self.options = preprocessing, options
+        self.unpruned, self.unpruned_ms = unpruned, unpruned_ms
+
+    def __call__(self, network: Network) -> MeasuredLatency:
+        """
+        Raises:
+            EdgePruneError: If the network cannot be exported, or the device fails.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            image = Path(folder) / "gray.png"  # what it shows changes no engine's latency
+            cv2.imwrite(str(image), np.full((64, 64, 3), 128, np.uint8))
+            engines = []
+            for name, each in (("unpruned", self.unpruned), ("narrowed", network)):
+                path = Path(folder) / f"{name}.onnx"
+                self.export(each, path)
+                engines.append(self.build(path))
+            found = measure_interleaved(self.session, engines, [image], self.preprocessing, self.options)
+        unpruned, narrowed = (
+            {
+                block.index: block.samples_ms[SCOPE]
+                for block in blocks
+                if found.disturbed or block.invalid is None
+            }
+            for blocks in found.blocks
+        )
+        if self.unpruned_ms is None:
+            self.unpruned_ms = summarise([ms for block in unpruned.values() for ms in block], SCOPE).p50_ms
+        ratio = paired_ratio(narrowed, unpruned)
+        assert ratio is not None  # they were measured in the same rounds
+        low, high = (end and end * self.unpruned_ms for end in (ratio.low, ratio.high))
+        return MeasuredLatency(ratio.value * self.unpruned_ms, low, high)

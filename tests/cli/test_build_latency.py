@@ -1,0 +1,230 @@
+"""`edgeprune build --speedup` on a tiny detector: measured on this machine, over ssh, by a table alone, refused."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from simulated_device import table_of
+from tiny_detector import SIDE, load_tiny, write_data, write_weights
+from typer.testing import CliRunner, Result
+
+from edgeprune.cli import app
+from edgeprune.data.files import read_json
+from edgeprune.deploy.session import local_session
+from edgeprune.deploy.targets import load_target
+from edgeprune.pruning.checkpoint import load_step, trace_detector
+from edgeprune.pruning.latency import FILE_NAME, LatencyTable
+
+# By its path: it is a helper of the tests of another folder.
+_spec = importlib.util.spec_from_file_location(
+    "sshd_of_deploy", Path(__file__).parents[1] / "deploy" / "sshd.py"
+)
+assert _spec is not None
+assert _spec.loader is not None
+sshd = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(sshd)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights, training and validation data."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_weights(folder / "tiny.pt")
+    write_data(folder, "train", 16, seed=1)
+    write_data(folder, "val", 8, seed=2)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of these tests' own, which keeps what is measured of kernels; one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
+
+
+def edgeprune(command: str, inputs: Path, run: Path, *more: object, **changes: Any) -> Result:
+    values = {
+        "target": "host",
+        "detector": "tiny",
+        "weights": inputs / "tiny.pt",
+        "input_size": SIDE,
+        "train": inputs / "boxes_train.json",
+        "val": inputs / "boxes_val.json",
+        "iterations": 1,
+        "finetune_epochs": 0,
+        "train_device": "cpu",
+        "run_dir": run,
+    } | changes
+    options = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", value)]
+    return CliRunner().invoke(app, [str(part) for part in (command, *options, *more)])
+
+
+def succeed(*arguments: Any, **changes: Any) -> Result:
+    result = edgeprune(*arguments, **changes)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return result
+
+
+def write_table(inputs: Path, path: Path, target: str) -> Path:
+    """A table of made-up costs that says it is of this machine, as the given kind of device."""
+    detector = load_tiny(inputs / "tiny.pt", (SIDE, SIDE), ("person",))
+    table = table_of(trace_detector(detector, (SIDE, SIDE)), 4)
+    info = local_session(load_target("host")).probe()
+    version = info.backend_version or ""
+    replace(table, target=target, device=info.board, backend=info.backend, backend_version=version).write(
+        path
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def table(inputs: Path) -> Path:
+    return write_table(inputs, inputs / "host.json", "host")
+
+
+@pytest.fixture(scope="module")
+def finished(inputs: Path, table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("finished") / "run"
+    succeed("build", inputs, run, speedup=1.3, latency_table=table)
+    return run
+
+
+def test_a_speedup_is_measured_and_reported(finished: Path) -> None:
+    """The table is kept, engines are timed, and the report tells what was asked, predicted and measured of each
+    iteration; the engine that was asked to be faster is."""
+    report = read_json(finished / "report.json")
+    first, last = report["rows"]
+    assert first["latency_asked_ms"] is None
+    assert first["latency_chosen_ms"] > 0
+    assert last["latency_asked_ms"] == pytest.approx(first["latency_chosen_ms"] / 1.3)
+    assert last["latency_chosen_low_ms"] <= last["latency_chosen_ms"] <= last["latency_chosen_high_ms"]
+    assert last["latency_chosen_ms"] < first["latency_chosen_ms"]
+    assert last["macs"] < first["macs"]
+    assert f"{last['latency_asked_ms']:.2f} ms asked" in report["headline"]["text"]
+    assert "The latency asked for" in (finished / "report.html").read_text()
+
+
+def test_resume_keeps_table_and_scale(finished: Path, inputs: Path, table: Path, tmp_path: Path) -> None:
+    """A run whose last step is gone goes on by its own table, towards the same milliseconds."""
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    before = read_json(run / "report.json")["rows"]
+    shutil.rmtree(run / "step-01")
+    kept = (run / FILE_NAME).read_bytes()
+    assert kept == table.read_bytes()
+    succeed("build", inputs, run, "--resume", speedup=1.3, latency_table=table)
+    after = read_json(run / "report.json")["rows"]
+    assert (run / FILE_NAME).read_bytes() == kept
+    assert after[0]["latency_chosen_ms"] == before[0]["latency_chosen_ms"]
+    assert after[1]["latency_asked_ms"] == before[1]["latency_asked_ms"]
+
+
+@pytest.mark.slow
+def test_without_a_table_one_is_measured(inputs: Path, tmp_path: Path) -> None:
+    """On this machine, before anything is pruned; it says what it was measured on and how well it predicts."""
+    run = tmp_path / "run"
+    succeed("prune", inputs, run, speedup=1.3)
+    measured = LatencyTable.read(run / FILE_NAME)
+    assert measured.target == "host"
+    assert measured.networks
+    first, last = load_step(run / "step-01").steps
+    assert first.latency is not None
+    assert last.latency is not None
+    assert last.latency.ms < first.latency.ms
+
+
+def test_over_ssh(inputs: Path, tmp_path: Path) -> None:
+    """Engines are timed through a real sshd, on the other side."""
+    if shutil.which("sshd", path="/usr/sbin:/sbin:/usr/bin") is None:
+        pytest.skip("no sshd here (Debian: openssh-server)")
+    server = sshd.Sshd(tmp_path / "sshd", {"OMP_NUM_THREADS": "1"})
+    try:
+        way = {"host": "board", "ssh_config": server.config, "device_python": sys.executable}
+        folder = tmp_path / "work"
+        way |= {"latency_table": write_table(inputs, tmp_path / "linux.json", "linux")}
+        succeed("prune", inputs, tmp_path / "run", target="linux", speedup=1.3, device_folder=folder, **way)
+    finally:
+        server.stop()
+    first, last = load_step(tmp_path / "run" / "step-01").steps
+    assert first.latency is not None
+    assert last.latency is not None
+    assert last.latency.measured is not None
+    assert last.latency.asked_ms == pytest.approx(first.latency.ms / 1.3)
+    assert list((folder / "engines").iterdir())
+
+
+@pytest.fixture
+def nano_table(inputs: Path, tmp_path: Path) -> Path:
+    """A table that says it is a Jetson's."""
+    detector = load_tiny(inputs / "tiny.pt", (SIDE, SIDE), ("person",))
+    table = table_of(trace_detector(detector, (SIDE, SIDE)), 8)
+    path = tmp_path / "nano.json"
+    replace(table, target="jetson-nano", device="Jetson Nano", backend="tensorrt").write(path)
+    return path
+
+
+def test_by_a_table_alone(inputs: Path, nano_table: Path, tmp_path: Path) -> None:
+    """Without a way to the board its table decides, nothing is measured in its place, and the record says so."""
+    run = tmp_path / "run"
+    succeed("prune", inputs, run, target="jetson-nano", speedup=1.3, latency_table=nano_table)
+    first, last = load_step(run / "step-01").steps
+    table = LatencyTable.read(nano_table)
+    assert first.latency is not None
+    assert last.latency is not None
+    assert first.latency.measured is last.latency.measured is None
+    assert last.latency.predicted_ms == pytest.approx(table.predict_ms(load_step(run / "step-01").network))
+    assert last.latency.predicted_ms <= first.latency.predicted_ms / 1.3 * (1 + 1e-6)
+    row = read_json(run / "run.json")["config"]
+    assert (row["remove"], row["budget"], row["speedup"]) == (None, None, 1.3)
+
+
+def fails(*arguments: Any, **changes: Any) -> str:
+    result = edgeprune(*arguments, **changes)
+    assert result.exit_code == 1, result.output + repr(result.exception)
+    return result.stderr.splitlines()[-1]
+
+
+def test_neither_device_nor_table(inputs: Path, nano_table: Path, tmp_path: Path) -> None:
+    """What cannot be known is refused before anything is written: a board out of reach, another device's table,
+    a file that is no table, a precision that has none, energy where none was measured."""
+    run = tmp_path / "run"
+    assert "--latency-table" in fails("build", inputs, run, target="jetson-nano", speedup=1.3)
+    assert "its target is jetson-nano, not host" in fails(
+        "build", inputs, run, speedup=1.3, latency_table=nano_table
+    )
+    (tmp_path / "other.json").write_text(json.dumps({"version": 1}))
+    other = {"speedup": 1.3, "latency_table": tmp_path / "other.json"}
+    assert "is no latency table" in fails("build", inputs, run, **other)
+    assert "int8 has no latency tables" in fails("prune", inputs, run, speedup=1.3, precision="int8")
+    energy = {"target": "jetson-nano", "energy_budget_mj": 1.0, "latency_table": nano_table}
+    assert "holds no power" in fails("prune", inputs, run, **energy)
+    assert not list(tmp_path.rglob("detector.json"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"speedup": 1.5, "remove": 0.3}, "--remove and --budget do not go with"),
+        ({"latency_budget_ms": 5, "budget": "macs"}, "--remove and --budget do not go with"),
+        ({"latency_budget_ms": 5, "speedup": 1.5}, "exclude each other"),
+        ({"latency_table": "table.json"}, "--latency-table needs"),
+        ({"speedup": 0.5}, "--speedup"),
+    ],
+)
+def test_options_that_clash(options: dict[str, Any], words: str, inputs: Path, tmp_path: Path) -> None:
+    """A usage error (2) that names the options."""
+    result = edgeprune("build", inputs, tmp_path / "run", **options)
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.replace("│", " ").split())
+    assert not (tmp_path / "run").exists()

@@ -19,10 +19,12 @@ CONDITION_NAMES: Mapping[str, str] = {
     "p99_ms": "latency_engine_p99_ms",
     "end_to_end_ms": "latency_end_to_end_p50_ms",
     "fps": "fps",
+    "images_per_s": "throughput_images_per_s",
     "params": "params",
     "macs": "macs",
     "size_bytes": "model_size_bytes",
     "joules_per_image": "joules_per_image",
+    "joules_above_idle": "joules_per_image_above_idle",
 }
 _ACCURACY = ("ap", "ap50")
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {">=": ge, ">": gt, "<=": le, "<": lt}

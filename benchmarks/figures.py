@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -319,6 +320,15 @@ def telemetry_over_time(report: Report) -> Drawing | None:
         return _Canvas(figure, panels[-1], "telemetry").drawing(
             "The device while it was measured", "What the device told, once a second."
         )
+
+
+@contextmanager
+def svg_file(path: Path, height_in: float = _HEIGHT_IN) -> Iterator[Axes]:
+    """A plot in a file of its own, for the result of an experiment; the same numbers give the same file."""
+    with mpl.rc_context({"svg.hashsalt": path.stem, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(1.6 * _WIDTH_IN, height_in), layout="constrained", facecolor="white")
+        yield figure.subplots()
+        figure.savefig(path, metadata={"Date": None, "Creator": None})
 
 
 @dataclass(frozen=True)

@@ -119,3 +119,37 @@ def _cause(before: LayerTime, after: LayerTime) -> str:
     if after.time_ms < SMALL_MS:
         causes.append("small: mostly the cost of a call")
     return "; ".join(causes) or "no cause found"
+
+
+@dataclass(frozen=True)
+class Shortfall:
+    """A layer that takes longer than its share of the multiplications left would, and why that may be."""
+
+    layer: str
+    channels: str  # as in NotFaster
+    before_ms: float
+    after_ms: float
+    promised_ms: float  # before_ms, scaled by the multiplications that are left
+    cause: str
+
+    @property
+    def lost_ms(self) -> float:
+        return self.after_ms - self.promised_ms
+
+
+def shortfalls(before: Sequence[LayerTime], after: Sequence[LayerTime]) -> list[Shortfall]:
+    """Where the speed-up that the MACs promise is lost, the layer that loses most first; both need a time."""
+    originals = {layer.layer: layer for layer in before}
+    found = []
+    for layer in after:
+        original = originals.get(layer.layer)
+        if original is None or original.time_ms is None or layer.time_ms is None:
+            continue
+        left = layer.in_channels * layer.out_channels / (original.in_channels * original.out_channels)
+        promised_ms = original.time_ms * left
+        if layer.time_ms > promised_ms:
+            channels, cause = f"{original.shape} to {layer.shape}", _cause(original, layer)
+            found.append(
+                Shortfall(layer.layer, channels, original.time_ms, layer.time_ms, promised_ms, cause)
+            )
+    return sorted(found, key=lambda layer: -layer.lost_ms)

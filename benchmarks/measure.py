@@ -22,6 +22,7 @@ from edgeprune.benchmarks.statistics import MIN_BLOCKS, summarise
 from edgeprune.benchmarks.validity import disturbances
 from edgeprune.data.dataset import Dataset
 from edgeprune.data.precision import ImageDetections, average_precision
+from edgeprune.deploy.device.bench import END_TO_END
 from edgeprune.deploy.device.imaging import Preprocessing
 from edgeprune.deploy.records import Engine, Latencies
 from edgeprune.deploy.session import Session
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 REPEATS = 2  # how often disturbed rounds are measured again
 SAMPLE_IMAGES = 3  # whose detections are kept to be drawn
-ENERGY_S = 5.0  # how long each engine runs alone, where the device tells its power
+ENERGY_S = 5.0  # how long the device is idle, then each engine runs alone, where the device tells its power
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,15 @@ def benchmark_engines(
         precision = average_precision(dataset, evaluation.detections)
         profile = session.profile(engine, images[0], preprocessing, runs=options.profile_runs)
         alone = (
-            session.benchmark([engine], images, preprocessing, runs=1, min_seconds=ENERGY_S)
+            session.benchmark(
+                [engine],
+                images,
+                preprocessing,
+                runs=1,
+                min_seconds=ENERGY_S,
+                idle_seconds=ENERGY_S,
+                scopes=[END_TO_END],
+            )
             if tells_power
             else None
         )
@@ -180,7 +189,12 @@ def _rounds(latencies: Latencies) -> dict[int, tuple[float, float]]:
 def _blocks(latencies: Latencies, engine: int, first_round: int, invalid: Mapping[int, str]) -> list[Block]:
     return [
         Block(
-            first_round + block.round, block.start_s, block.end_s, block.samples_ms, invalid.get(block.round)
+            first_round + block.round,
+            block.start_s,
+            block.end_s,
+            block.samples_ms,
+            invalid.get(block.round),
+            block.images_per_s,
         )
         for block in latencies.blocks
         if block.engine == engine

@@ -1,8 +1,9 @@
-"""What a committed figure must carry: when, on what machine and with which versions it was measured."""
+"""What a committed figure must carry: when, at which commit, on what machine and with which versions."""
 
 import datetime
 import os
 import platform
+import subprocess
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +14,7 @@ def provenance(command: str, packages: Sequence[str]) -> dict[str, Any]:
     """Call it before measuring: the load average is that of whatever else runs."""
     return {
         "command": command,
+        "commit": _commit(),
         "date": datetime.date.today().isoformat(),
         "processor": _processor(),
         "cpus": os.cpu_count(),
@@ -30,6 +32,15 @@ def without_folders(record: Any) -> Any:
     if isinstance(record, list | tuple):
         return [without_folders(value) for value in record]
     return Path(record).name if isinstance(record, str) and record.startswith("/") else record
+
+
+def _commit() -> str | None:
+    """Of the checkout, with "-dirty" where files differ from it; None where there is none."""
+    ask = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _processor() -> str:

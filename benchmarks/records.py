@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
 
 from edgeprune.benchmarks.errors import BenchmarkError
@@ -57,6 +58,7 @@ class Block:
     end_s: float
     samples_ms: Mapping[str, tuple[float, ...]]  # by scope
     invalid: str | None = None  # why it is left out: throttling, another power mode, another load
+    images_per_s: float | None = None  # throughput with several images in flight; None: not measured
 
 
 @dataclass(frozen=True)
@@ -116,12 +118,14 @@ class LayerTime:
 
 @dataclass(frozen=True)
 class Energy:
-    """Power while one engine alone ran over and over, and what that makes an image."""
+    """Power while one engine alone took image after image end to end, and what that makes an image."""
 
     watts: float  # of the whole board, idle included
     joules_per_image: float
     rails: tuple[str, ...]  # that were summed
     samples: int
+    idle_watts: float | None = None  # just before, with nothing running; None: not measured
+    joules_per_image_above_idle: float | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,12 @@ class BenchmarkResult:
         """Images per second end to end, one after the other."""
         end_to_end = self.latency("end_to_end")
         return None if end_to_end is None else 1000 / end_to_end.mean_ms
+
+    @property
+    def throughput(self) -> float | None:
+        """Images per second with several in flight, so that copies and inferences overlap."""
+        measured = [block.images_per_s for block in self.counted_blocks if block.images_per_s is not None]
+        return median(measured) if measured else None
 
     def latency(self, scope: str) -> Latency | None:
         return next((latency for latency in self.latencies if latency.scope == scope), None)

@@ -15,7 +15,18 @@ from edgeprune.benchmarks.layers import not_faster
 from edgeprune.benchmarks.records import SAMPLE_SCORE, SCOPES, Report
 from edgeprune.benchmarks.samples import draw_samples
 from edgeprune.benchmarks.summary import FLAG_AP_DROP, ap_drops, headline, row_figures
-from edgeprune.benchmarks.table import COLUMNS, NOT_MEASURED
+from edgeprune.benchmarks.table import (
+    AFTER_FINE_TUNING,
+    BUDGET_CAPTION,
+    BUDGET_COLUMNS,
+    COLUMNS,
+    DEVICE_COLUMNS,
+    NOT_MEASURED,
+    PRUNING_COLUMNS,
+    QUALITY_CAPTION,
+    QUALITY_COLUMNS,
+    measured,
+)
 from edgeprune.benchmarks.tensorboard import write_scalars
 from edgeprune.data.files import write_bytes, write_json
 
@@ -75,10 +86,18 @@ def report_html(report: Report, frames: Frames = NO_FRAMES, *, flag_ap_drop: flo
     )
     rows = row_figures(report)
     details = report.device.details if report.device else {}
+    on_device = measured(rows, DEVICE_COLUMNS)
     return environment.get_template("report.html").render(
         report=report,
         headline=headline(report),
         columns=COLUMNS,
+        quality=(*AFTER_FINE_TUNING, *QUALITY_COLUMNS),
+        quality_caption=QUALITY_CAPTION,
+        pruning=PRUNING_COLUMNS,
+        on_device=on_device,
+        on_budget=measured(rows, BUDGET_COLUMNS),
+        budget_caption=BUDGET_CAPTION,
+        unmeasured=[column.title for column in DEVICE_COLUMNS if column not in on_device],
         rows=rows,
         drawings=draw(report, rows),
         not_measured=NOT_MEASURED,
@@ -111,9 +130,23 @@ def write_report(
 def _warnings(report: Report, flag_ap_drop: float) -> list[str]:
     """What a reader must know before using the numbers."""
     disturbed = {row.result.disturbed for row in report.rows if row.result and row.result.disturbed}
-    return [f"The latencies were measured under a disturbance: {reason}." for reason in sorted(disturbed)] + [
-        f"{drop}." for drop in ap_drops(report, flag_ap_drop)
+    return [
+        *(f"The latencies were measured under a disturbance: {reason}." for reason in sorted(disturbed)),
+        *(f"{drop}." for drop in ap_drops(report, flag_ap_drop)),
+        *_left_out(report.provenance.get("data", {})),
     ]
+
+
+def _left_out(data: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """What of the data sets in run.json could not be used."""
+    for name, held in data.items():
+        images, boxes, cut = (held[key] for key in ("dropped_images", "dropped_boxes", "clipped_boxes"))
+        if images or boxes or cut:
+            left = f"{held['images']} images with {held['boxes']} boxes are left"
+            yield (
+                f"{name} data: {images} images and {boxes} boxes could not be used, {cut} boxes were cut; {left}. "
+                "run.json lists the first, `edgeprune data inspect` all."
+            )
 
 
 def _parities(report: Report) -> Iterator[tuple[str, str]]:

@@ -9,9 +9,10 @@ from edgeprune.benchmarks.errors import BenchmarkError
 from edgeprune.benchmarks.records import Report, ReportRow
 from edgeprune.benchmarks.runs import load_report
 from edgeprune.benchmarks.summary import Figures, row_figures
-from edgeprune.benchmarks.table import COLUMNS
+from edgeprune.benchmarks.table import COLUMNS, DEVICE_COLUMNS, measured
 from edgeprune.data.errors import EdgePruneError
 from edgeprune.data.files import read_json, sha256_of
+from edgeprune.data.operating_point import THRESHOLD_FILE, Calibration
 from edgeprune.pruning.records import DetectorSpec
 
 # PyTorch takes the first two, a device the third; the records say where all came from.
@@ -42,6 +43,7 @@ def ship(run_dir: Path, iteration: int, out: Path) -> list[Path]:
     if out.exists():
         raise BenchmarkError(f"{out} exists: choose a new folder")
     names = [*REQUIRED, *(name for name in OPTIONAL if (folder / name).is_file() and row.result)]
+    names += [THRESHOLD_FILE] * (_calibration(folder) is not None)
     temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     try:
         temporary.mkdir(parents=True)
@@ -88,11 +90,12 @@ def model_card(report: Report, row: ReportRow, folder: Path) -> str:
         _figures(first, own),
         _evidence(row),
         "## Made",
-        _made(row),
+        _made(row, own),
         "## Use",
         "`model.onnx` takes `images (1, 3, H, W)` and gives `boxes (1, M, 4)`, xyxy in input pixels, and "
         "`scores (1, M)`; NMS comes after it. Preprocessing:",
         f"```json\n{json.dumps(spec.preprocessing, indent=2)}\n```",
+        _threshold(folder),
         "`weights.safetensors` with `detector.json` rebuild the PyTorch detector: "
         "`edgeprune.pruning.checkpoint.load_step(folder)`.",
         "## Mind",
@@ -107,6 +110,25 @@ def model_card(report: Report, row: ReportRow, folder: Path) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def _calibration(folder: Path) -> Calibration | None:
+    return Calibration.read(folder, read_json(folder / "detector.json")["weights_sha256"])
+
+
+def _threshold(folder: Path) -> str:
+    found = _calibration(folder)
+    if found is None:
+        return "No score threshold was chosen: `edgeprune calibrate` does."
+    point = found.point
+    low, high = point.precision_interval.low, point.precision_interval.high
+    rate = point.false_positives_per_minute
+    false = "" if rate is None else f", {rate:.3g} false positives a minute"
+    return (
+        f"`{THRESHOLD_FILE}`: report what scores above {point.threshold:.4g}, chosen for {found.wish}. On "
+        f"{point.images} images with {point.boxes} boxes that has precision {point.precision:.3f} (95 % interval "
+        f"{low:.3f} to {high:.3f}) and recall {point.recall:.3f}{false}."
+    )
+
+
 def _spec(path: Path) -> DetectorSpec:
     try:
         return DetectorSpec.from_json(read_json(path)["spec"])
@@ -118,7 +140,12 @@ def _spec(path: Path) -> DetectorSpec:
 
 def _figures(first: Figures, own: Figures) -> str:
     lines = ["| | unpruned | this |", "|---|---:|---:|"]
-    lines += [f"| {column.title} | {column.text(first)} | {column.text(own)} |" for column in COLUMNS[1:]]
+    columns = (*COLUMNS, *measured([own], DEVICE_COLUMNS))
+    lines += [
+        f"| {column.title} | {column.text(first)} | {column.text(own)} |"
+        for column in columns
+        if column.names != ("iteration",)
+    ]
     return "\n".join(lines)
 
 
@@ -132,11 +159,7 @@ def _evidence(row: ReportRow) -> str:
     return f"AP on {row.result.images} images with {row.result.boxes} boxes, {precision}{runs}.{disturbed}"
 
 
-def _made(row: ReportRow) -> str:
-    step, tuned = row.step, row.step.finetune
+def _made(row: ReportRow, own: Figures) -> str:
+    step = row.step
     made = f"Criterion {step.criterion}; {step.achieved_share:.1%} removed in {step.iteration} iterations."
-    if tuned is None:
-        return made
-    rolled_back = ", rolled back" if tuned.rolled_back else ""
-    how = f"{tuned.epochs} epochs, learning rate {tuned.learning_rate:g}{rolled_back}"
-    return f"{made} Last fine-tuning: {how}."
+    return f"{made} Last fine-tuning: {own['fine_tuning']}."

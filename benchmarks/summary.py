@@ -6,6 +6,8 @@ from typing import Any
 
 from edgeprune.benchmarks.records import BenchmarkResult, Ratio, Report, ReportRow
 from edgeprune.benchmarks.statistics import paired_ratio
+from edgeprune.data.precision import QUALITY_FIGURES
+from edgeprune.pruning.records import FineTuneRecord
 
 FLAG_AP_DROP = 0.01  # a lower AP on the device than on the host by more is worth a warning
 
@@ -41,17 +43,30 @@ def _figures(row: ReportRow, first: ReportRow) -> Figures:
         "activation_bytes": step.activation_bytes,
         "channels_removed": sum(first.step.channels.values()) - sum(step.channels.values()),
         "channels_removed_this_step": step.channels_removed,
+        "fine_tuning": _fine_tuning(step.finetune),
         "ap_before": step.ap_before,
         "ap50_before": step.ap50_before,
         "ap_after": step.ap_after,
         "ap50_after": step.ap50_after,
+        "ap75_after": step.ap75_after,
         "device_ap": result.ap if result else None,
         "device_ap50": result.ap50 if result else None,
     }
-    for scope in ("engine", "end_to_end"):
+    for scope in ("engine", "engine_with_copies", "end_to_end"):
         latency = result.latency(scope) if result else None
         for name in ("p50_ms", "p90_ms", "p99_ms", "mean_ms", "std_ms", "runs"):
             figures[f"latency_{scope}_{name}"] = getattr(latency, name) if latency else None
+    asked = step.latency
+    measured = asked.measured if asked else None
+    figures |= {
+        "latency_asked_ms": asked.asked_ms if asked else None,
+        "latency_predicted_ms": asked.predicted_ms if asked else None,
+        # Before fine-tuning, which does not change it.
+        "latency_chosen_ms": measured.ms if measured else None,
+        "latency_chosen_low_ms": measured.low_ms if measured else None,
+        "latency_chosen_high_ms": measured.high_ms if measured else None,
+    }
+    figures |= step.quality.figures() if step.quality else dict.fromkeys(QUALITY_FIGURES)
     figures |= {
         "latency_engine_ratio": ratio.value if ratio else None,
         "latency_engine_ratio_low": ratio.low if ratio else None,
@@ -59,6 +74,8 @@ def _figures(row: ReportRow, first: ReportRow) -> Figures:
         # 1: the latency fell by the factor by which the MACs did.
         "realised_speedup": step.macs / (first.step.macs * ratio.value) if ratio else None,
         "fps": result.fps if result else None,
+        "throughput_images_per_s": result.throughput if result else None,
+        "timer_overhead_ms": result.timer_overhead_ms if result else None,
         "model_size_bytes": row.model_size_bytes,
         "model_sha256": result.model_sha256 if result else None,
         "precision": result.precision if result else None,
@@ -69,8 +86,17 @@ def _figures(row: ReportRow, first: ReportRow) -> Figures:
         "disturbed": result.disturbed if result else None,
         "watts": energy.watts if energy else None,
         "joules_per_image": energy.joules_per_image if energy else None,
+        "idle_watts": energy.idle_watts if energy else None,
+        "joules_per_image_above_idle": energy.joules_per_image_above_idle if energy else None,
     }
     return figures
+
+
+def _fine_tuning(tuned: FineTuneRecord | None) -> str:
+    if tuned is None:
+        return "none"
+    rolled_back = ", rolled back" if tuned.rolled_back else ""
+    return f"{tuned.epochs} epochs, learning rate {tuned.learning_rate:g}{rolled_back}"
 
 
 @dataclass(frozen=True)
@@ -128,6 +154,8 @@ def _faster(first: Figures, last: Figures) -> Fact:
     if before is None or after is None:
         return Fact("not measured", "latency", "no benchmark of both steps")
     change = f"engine p50 {before:.2f} → {after:.2f} ms"
+    if last["latency_asked_ms"] is not None:
+        change += f", {last['latency_asked_ms']:.2f} ms asked"
     ratio, low, high = (last[f"latency_engine_ratio{end}"] for end in ("", "_low", "_high"))
     if low is None or high is None:
         return Fact(

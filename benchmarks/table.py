@@ -41,8 +41,18 @@ def _ap(value: float) -> str:
     return f"{value:.3f}"
 
 
+def _interval(low: float, high: float) -> str:
+    return f"{low:.3f} to {high:.3f}"
+
+
 def _latency(*values_ms: float) -> str:
     return " / ".join(f"{value:.2f}" for value in values_ms)
+
+
+def _ratio(value: float, low: float, high: float) -> str:
+    if low == high == 1:
+        return "1"
+    return f"{value:.3f} ({low:.3f} to {high:.3f}{', no difference shown' if low <= 1 <= high else ''})"
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -63,6 +73,85 @@ COLUMNS: tuple[Column, ...] = (
     Column("FPS", ("fps",), "{:.1f}".format),
     Column("size MB", ("model_size_bytes",), _megabytes),
 )
+
+
+EVALUATED: tuple[Column, ...] = (
+    Column("iteration", ("iteration",), str),
+    Column("params", ("params",), _whole),
+    Column("AP", ("ap",), _ap),
+    Column("AP50", ("ap50",), _ap),
+    Column("AP75", ("ap75",), _ap),
+)
+
+AFTER_FINE_TUNING: tuple[Column, ...] = (
+    Column("iteration", ("iteration",), str),
+    Column("AP", ("ap_after",), _ap),
+    Column("AP50", ("ap50_after",), _ap),
+    Column("AP75", ("ap75_after",), _ap),
+)
+
+QUALITY_COLUMNS: tuple[Column, ...] = (
+    Column("AP, 95 %", ("ap_low", "ap_high"), _interval),
+    Column("AP50, 95 %", ("ap50_low", "ap50_high"), _interval),
+    Column("AP small", ("ap_small",), _ap),
+    Column("AP medium", ("ap_medium",), _ap),
+    Column("AP large", ("ap_large",), _ap),
+    Column("precision", ("precision_at_threshold",), _ap),
+    Column("recall", ("recall_at_threshold",), _ap),
+    Column("at score", ("threshold",), "{:g}".format),
+    Column("miss rate", ("miss_rate",), _ap),
+)
+
+QUALITY_CAPTION = (
+    "95 %: bootstrap over the images. Small: below 32 x 32 pixels, large: from 96 x 96. Precision and recall of "
+    "detections from that score up, at IoU 0.5. Miss rate: share of boxes missed at 0.1 false detections an image."
+)
+
+# Where the budget is a latency.
+BUDGET_COLUMNS: tuple[Column, ...] = (
+    Column("iteration", ("iteration",), str),
+    Column("latency asked ms", ("latency_asked_ms",), _latency),
+    Column("predicted ms", ("latency_predicted_ms",), _latency),
+    Column("measured ms", ("latency_chosen_ms",), _latency),
+    Column("95 %", ("latency_chosen_low_ms", "latency_chosen_high_ms"), "{:.2f} to {:.2f}".format),
+)
+
+BUDGET_CAPTION = (
+    "Asked of each iteration, predicted by the latency table as it was then, and measured of its engine before "
+    "fine-tuning, beside the unpruned engine."
+)
+
+
+DEVICE_COLUMNS: tuple[Column, ...] = (
+    Column("iteration", ("iteration",), str),
+    Column(
+        "latency of the unpruned (engine, 95 %)",
+        ("latency_engine_ratio", "latency_engine_ratio_low", "latency_engine_ratio_high"),
+        _ratio,
+    ),
+    Column("speed-up over MAC reduction", ("realised_speedup",), "{:.2f}".format),
+    Column("latency p50 ms (engine with copies)", ("latency_engine_with_copies_p50_ms",), _latency),
+    Column("images/s (copies overlapped)", ("throughput_images_per_s",), "{:.1f}".format),
+    Column("W (idle)", ("watts", "idle_watts"), "{:.2f} ({:.2f})".format),
+    Column("J an image", ("joules_per_image",), "{:.3f}".format),
+    Column("J an image above idle", ("joules_per_image_above_idle",), "{:.3f}".format),
+    Column("engine MB", ("engine_size_bytes",), _megabytes),
+    Column("build s", ("engine_build_s",), "{:.1f}".format),
+)
+
+PRUNING_COLUMNS: tuple[Column, ...] = (
+    Column("iteration", ("iteration",), str),
+    Column("channels removed in this step", ("channels_removed_this_step",), _whole),
+    Column("activations MB", ("activation_bytes",), _megabytes),
+    Column("fine-tuning", ("fine_tuning",), str),
+    Column("AP50 before fine-tuning", ("ap50_before",), _ap),
+    Column("AP50 after", ("ap50_after",), _ap),
+)
+
+
+def measured(rows: Sequence[Figures], columns: Sequence[Column]) -> tuple[Column, ...]:
+    """The columns that any row has figures for: a board that tells no power has no energy to show."""
+    return tuple(column for column in columns if any(column.text(row) != NOT_MEASURED for row in rows))
 
 
 def render_table(rows: Sequence[Figures], caption: str, columns: Sequence[Column] = COLUMNS) -> Table:

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from edgeprune.cli.device_options import with_device
 from edgeprune.cli.interrupt import handled
-from edgeprune.cli.run_options import ValImages, with_config
+from edgeprune.cli.run_options import Strict, ValImages, with_config
 
 if TYPE_CHECKING:
     from edgeprune.cli.config import BuildConfig
@@ -132,6 +132,7 @@ def _build(
     connection: "Connection",
     run_dir: RunDir = None,
     resume: Resume = False,
+    strict: Strict = False,
     frames: Frames = True,
     flag_ap_drop: FlagApDrop = 0.01,
     json: Json = False,
@@ -142,7 +143,8 @@ def _build(
     from edgeprune.cli.output import print_report
 
     options = stages.ReportOptions(frames, flag_ap_drop)
-    print_report(*stages.build(config, run_dir, connection, resume=resume, options=options), as_json=json)
+    report = stages.build(config, run_dir, connection, resume=resume, strict=strict, options=options)
+    print_report(*report, as_json=json)
 
 
 @app.command("prune")
@@ -153,6 +155,7 @@ def _prune(
     connection: "Connection",
     run_dir: RunDir = None,
     resume: Resume = False,
+    strict: Strict = False,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -160,7 +163,7 @@ def _prune(
     from edgeprune.cli import build as stages
     from edgeprune.cli.output import print_report
 
-    print_report(stages.prune(config, run_dir, connection, resume=resume), as_json=json)
+    print_report(stages.prune(config, run_dir, connection, resume=resume, strict=strict), as_json=json)
 
 
 @app.command("deploy")
@@ -201,22 +204,38 @@ def _evaluate(
     run: Run,
     step: Step = None,
     val: Annotated[
-        Path | None, typer.Option(help="COCO JSON to score on. Default: the run's own.", show_default=False)
+        Path | None,
+        typer.Option(help="Labelled images to score on. Default: the run's own.", show_default=False),
     ] = None,
     val_images: ValImages = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01,
+            max=1.0,
+            help="Score from which the detector is to report, for precision and recall. Default: what `calibrate` "
+            "chose, or else 0.3.",
+            show_default=False,
+        ),
+    ] = None,
+    strict: Strict = False,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure the AP of a run's steps with PyTorch on this machine."""
+    """Measure with PyTorch on this machine: AP, its 95 % interval, by size, and misses of a run's steps."""
     from edgeprune.cli import build as stages
-    from edgeprune.cli.output import print_rows
+    from edgeprune.cli.output import print_quality
 
-    print_rows(stages.evaluate(run, step, val, val_images), as_json=json)
+    rows = stages.evaluate(run, step, val, val_images, threshold=threshold, strict=strict)
+    print_quality(rows, as_json=json)
 
 
 import edgeprune.cli.adapt  # noqa: E402  these modules' commands register themselves
+import edgeprune.cli.calibrate  # noqa: E402
+import edgeprune.cli.camera  # noqa: E402
 import edgeprune.cli.check  # noqa: E402
 import edgeprune.cli.compare  # noqa: E402
 import edgeprune.cli.data  # noqa: E402
 import edgeprune.cli.device  # noqa: E402
-import edgeprune.cli.export  # noqa: E402, F401
+import edgeprune.cli.export  # noqa: E402
+import edgeprune.cli.latency_table  # noqa: E402, F401

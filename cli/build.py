@@ -23,12 +23,16 @@ from edgeprune.benchmarks.summary import FLAG_AP_DROP
 from edgeprune.cli.adaptation import Request, adapted
 from edgeprune.cli.config import BuildConfig
 from edgeprune.cli.export import OWN, ExportVariant
+from edgeprune.cli.latency_budget import check_latency_options, latency_budget
 from edgeprune.cli.progress import device_progress, progress, say
 from edgeprune.cli.run_device import RunDevice, plan_of, run_target
 from edgeprune.cli.run_folder import RunError, RunFolder, RunRecord
 from edgeprune.cli.unlabelled import unlabelled_images
 from edgeprune.data.dataset import Dataset, load_dataset
+from edgeprune.data.errors import DataError
 from edgeprune.data.files import read_json, sha256_of, write_json
+from edgeprune.data.operating_point import Calibration, Wish, choose_operating_point
+from edgeprune.data.precision import OPERATING_THRESHOLD, average_precision, detection_quality
 from edgeprune.deploy.bundle import ImportedSession, read_results
 from edgeprune.deploy.connection import AUTO, Connection
 from edgeprune.deploy.device.imaging import Preprocessing
@@ -36,7 +40,7 @@ from edgeprune.deploy.records import Engine
 from edgeprune.deploy.session import Session, image_files
 from edgeprune.deploy.targets import load_target
 from edgeprune.detectors.adaptation import AdaptOptions
-from edgeprune.detectors.evaluation import evaluate as average_precision_of
+from edgeprune.detectors.evaluation import detect
 from edgeprune.detectors.protocol import Detector
 from edgeprune.detectors.registry import load_detector, slug
 from edgeprune.detectors.training import FineTuneOptions
@@ -68,6 +72,7 @@ def build(
     connection: Connection,
     *,
     resume: bool,
+    strict: bool = False,
     options: ReportOptions = DEFAULT_REPORT,
 ) -> tuple[Report, Sequence[Path]]:
     """From weights to a report.
@@ -86,7 +91,7 @@ def build(
         raise RunError(
             f"{config.target} has no {config.precision} in hardware; --precision is one of: {known}"
         )
-    with _running(config, run_dir, resume=resume) as (run, steps, val):
+    with _running(config, run_dir, device, resume=resume, strict=strict) as (run, steps, val):
         device.save(run.path)
         models, engines = [], []
         for pruned in steps:
@@ -104,11 +109,16 @@ def build(
         return report, _write_report(report, run, lambda: val, options)
 
 
-def prune(config: BuildConfig, run_dir: Path | None, connection: Connection, *, resume: bool) -> Report:
-    """The first stage alone; errors as `build`. The device is asked nothing, unless for what it is."""
-    if config.target == AUTO:
-        config = replace(config, target=RunDevice.find(AUTO, connection).target.name)
-    with _running(config, run_dir, resume=resume) as (run, steps, _):
+def prune(
+    config: BuildConfig, run_dir: Path | None, connection: Connection, *, resume: bool, strict: bool = False
+) -> Report:
+    """The first stage alone; errors as `build`. The device is asked nothing, unless for what it is or for a
+    latency to come down to."""
+    device = None
+    if config.target == AUTO or config.by_latency:
+        device = RunDevice.find(config.target, connection)
+        config = replace(config, target=device.target.name)
+    with _running(config, run_dir, device, resume=resume, strict=strict) as (run, steps, _):
         for _ in steps:
             pass
         return load_report(run.path)
@@ -221,48 +231,111 @@ def _write_report(
     return write_report(report, run.path, frames, flag_ap_drop=options.flag_ap_drop)
 
 
-def evaluate(path: Path, step: int | None, val: Path | None, val_images: Path | None) -> list[dict[str, Any]]:
-    """AP of one step or all with PyTorch on this machine; a row a step.
+def evaluate(
+    path: Path,
+    step: int | None,
+    val: Path | None,
+    val_images: Path | None,
+    *,
+    threshold: float | None,
+    strict: bool = False,
+) -> list[dict[str, Any]]:
+    """AP and what else the detections say of one step or all, with PyTorch on this machine; a row a step.
+
+    Args:
+        threshold: score from which the detector is to report; None: what `calibrate` chose, or else 0.3.
 
     Raises:
         EdgePruneError: If this is no run folder, the step is not there, or the data cannot be used.
     """
     run = RunFolder(path)  # not locked: it reads what a build has finished
     record = run.read_record()
-    dataset = _val(record) if val is None else load_labels(val, val_images, record.config.class_names)
+    names = record.config.class_names
+    dataset = (
+        load_labels(val, val_images, names, strict=strict) if val is not None else _val(record, strict=strict)
+    )
     device = training_device(record.config.train_device)
     rows = []
     for iteration in _chosen(run, step):
         pruned = load_step(run.step(iteration))
         with progress(f"iteration {iteration}: AP on {len(dataset)} images") as update:
             pruned.detector.to(device)
-            found = average_precision_of(
-                _protocol(pruned), pruned.network.to(device), dataset, device, update
-            )
-        rows.append({"iteration": iteration, "params": pruned.steps[-1].params, **asdict(found)})
+            found = detect(_protocol(pruned), pruned.network.to(device), dataset, device, update)
+        folder = run.step(iteration)
+        calibrated = Calibration.read(folder, sha256_of(folder / "weights.safetensors"))
+        usual = calibrated.point.threshold if calibrated else OPERATING_THRESHOLD
+        rows.append(
+            {
+                "iteration": iteration,
+                "params": pruned.steps[-1].params,
+                **asdict(average_precision(dataset, found)),
+                **detection_quality(dataset, found, usual if threshold is None else threshold).figures(),
+            }
+        )
     return rows
+
+
+def calibrate(
+    path: Path, step: int | None, val: Path | None, val_images: Path | None, wish: Callable[[Dataset], Wish]
+) -> tuple[Dataset, dict[int, Calibration]]:
+    """Choose the score from which one step or all report, from what PyTorch finds on this machine.
+
+    Args:
+        wish: what is asked, once the data is known.
+
+    Returns:
+        The data, and what was chosen and kept, by iteration.
+
+    Raises:
+        EdgePruneError: As `evaluate`, or if a step cannot meet the wish.
+    """
+    with _opened(path) as (run, record):
+        dataset = _val(record) if val is None else load_labels(val, val_images, record.config.class_names)
+        device, asked = training_device(record.config.train_device), wish(dataset)
+        found = {}
+        for iteration in _chosen(run, step):
+            folder = run.step(iteration)
+            pruned = load_step(folder)
+            with progress(f"iteration {iteration}: detections on {len(dataset)} images") as update:
+                pruned.detector.to(device)
+                detections = detect(_protocol(pruned), pruned.network.to(device), dataset, device, update)
+            try:
+                point = choose_operating_point(dataset, detections, asked)
+            except DataError as error:
+                raise RunError(f"iteration {iteration}: {error}") from error
+            weights_sha256 = sha256_of(folder / "weights.safetensors")
+            found[iteration] = Calibration(asked, point, weights_sha256, dataset.sha256)
+            found[iteration].write(folder)
+        return dataset, found
 
 
 @contextmanager
 def _running(
-    config: BuildConfig, run_dir: Path | None, *, resume: bool
+    config: BuildConfig, run_dir: Path | None, device: RunDevice | None, *, resume: bool, strict: bool
 ) -> Iterator[tuple[RunFolder, Iterator[PrunedDetector], Dataset]]:
     """A run folder that is ours to write, new or begun; its steps as they are pruned; its validation data.
 
     What the configuration names is read first: a run that cannot begin leaves no folder.
     """
     run = RunFolder(run_dir or Path("runs") / f"{slug(config.detector)}-{config.target}-{config.criterion}")
-    options, device = _pruning_options(config), training_device(config.train_device)
+    if device and config.by_latency:
+        check_latency_options(config, device)
+    options, training = _pruning_options(config), training_device(config.train_device)
     if config.train is None:
         say("No --train and --val: the street video vtest.avi, with the labels that come with edgeprune.")
-    train, val = _load_train(config), _load_val(config)
-    select = load_labels(config.select, None, config.class_names) if config.select else None
+    train, val = _load_train(config, strict=strict), _load_val(config, strict=strict)
+    names = config.class_names
+    select = load_labels(config.select, None, names, strict=strict) if config.select else None
+    unlabelled = [_usable(unlabelled_images(path, val), strict=strict) for path in config.unlabelled]
+    read = {"train": train, "val": val} | ({"select": select} if select else {})
+    read |= {f"unlabelled {number}": dataset for number, dataset in enumerate(unlabelled, 1)}
     train, select = (train, select) if select else train.hold_out(SELECT_SHARE, config.seed)
-    data = PruningData(train, select, val, tuple(unlabelled_images(path, val) for path in config.unlabelled))
+    data = PruningData(train, select, val, tuple(unlabelled))
     weights = sha256_of(config.weights) if config.weights else None
     size = (config.input_size, config.input_size)
     detector = load_detector(config.detector, config.weights, size, config.class_names)
-    record = RunRecord.of(config, {"train": train.sha256, "val": val.sha256, "weights": weights})
+    hashes = {"train": train.sha256, "val": val.sha256, "weights": weights}
+    record = RunRecord.of(config, hashes, read)
     with run.lock():
         found = run.start(record, resume=resume)
         if found is not None and found.versions != record.versions:
@@ -271,10 +344,27 @@ def _running(
             if getattr(detector, "untrained", False) and config.adapt_epochs:
                 say(f"The weights are of more classes, which compete: adapting to {config.classes} first.")
                 adapting = AdaptOptions(config.adapt_epochs)
-                request = Request(config.detector, detector, weights, train, select, adapting, config.seed)
-                detector = adapted(run.path / "adapted", request, device)
+                request = Request(
+                    config.detector,
+                    detector,
+                    weights,
+                    train,
+                    select,
+                    adapting,
+                    config.seed,
+                    record.data["train"],
+                )
+                detector = adapted(run.path / "adapted", request, training)
+            latency = latency_budget(config, run, device, detector) if device and config.by_latency else None
             steps = prune_iteratively(
-                config.detector, detector, data, options, run.step, device=device, stage=progress
+                config.detector,
+                detector,
+                data,
+                options,
+                run.step,
+                device=training,
+                stage=progress,
+                latency=latency,
             )
             yield run, steps, val
         except KeyboardInterrupt:
@@ -283,11 +373,15 @@ def _running(
 
 
 def _pruning_options(config: BuildConfig) -> PruningOptions:
-    multiple = config.channel_multiple or load_target(config.target).channel_multiple
+    # A latency table knows which counts run fast, kernel by kernel.
+    usual = 1 if config.by_latency else load_target(config.target).channel_multiple
+    multiple = config.channel_multiple or usual
+    share: dict[str, Any] = {}
+    if not config.by_latency:
+        share = {"remove": config.remove, "budget": config.budget}
     return PruningOptions(
+        **share,
         iterations=config.iterations,
-        remove=config.remove,
-        budget=config.budget,
         schedule=config.schedule,
         criterion=config.criterion,
         per=config.per,
@@ -295,7 +389,10 @@ def _pruning_options(config: BuildConfig) -> PruningOptions:
         limits=Limits(config.min_channels, config.max_layer_ratio, multiple),
         protect=config.protect,
         finetune=FineTuneOptions(
-            epochs=config.finetune_epochs, learning_rate=config.learning_rate, distill=config.distill
+            epochs=config.finetune_epochs,
+            learning_rate=config.learning_rate,
+            distill=config.distill,
+            mosaic=config.mosaic,
         ),
         min_ap=config.min_ap,
         stop_ap_drop=config.stop_ap_drop,
@@ -312,35 +409,45 @@ def _opened(path: Path) -> Iterator[tuple[RunFolder, RunRecord]]:
         yield run, record
 
 
-def load_labels(path: Path, images: Path | None, classes: Sequence[str]) -> Dataset:
+def load_labels(path: Path, images: Path | None, classes: Sequence[str], *, strict: bool = False) -> Dataset:
     """A labelled data set, saying what had to be dropped; its persons, by any of their names, for `person`.
 
     Raises:
-        EdgePruneError: If it cannot be used.
+        EdgePruneError: If it cannot be used; with `strict`, if any of it cannot.
     """
     if (guess_type(path.name)[0] or "").startswith("video/"):
         how = f'give COCO JSON whose file_name is "{path.name}#000123" for frame 123, counted from 0'
         raise RunError(f"{path} is a video without labels: {how}")
-    dataset = load_dataset(path, images, None if tuple(classes) == ("person",) else classes)
-    with progress(f"{path.name}: do its images decode") as update:
+    loaded = load_dataset(path, images, None if tuple(classes) == ("person",) else classes)
+    return _usable(loaded, strict=strict)
+
+
+def _usable(dataset: Dataset, *, strict: bool) -> Dataset:
+    """What decodes, saying what had to be dropped; errors as `load_labels`."""
+    with progress(f"{dataset.path.name}: do its images decode") as update:
         dataset = dataset.decodable(update)
+    if strict:
+        dataset.refuse_problems()
     if dataset.problems:
-        first = dataset.problems[0]
-        say(f"{path}: {len(dataset.problems)} images or boxes were dropped or cut, first {first}")
+        found, first = dataset.contents, dataset.problems[0]
+        dropped = f"{found.dropped_images} images and {found.dropped_boxes} boxes were dropped"
+        say(f"{dataset.path}: {dropped}, {found.clipped_boxes} boxes cut, first {first}")
     return dataset
 
 
-def _load_train(config: BuildConfig) -> Dataset:
-    return load_labels(config.train or EXAMPLE / "vtest_train.json", config.train_images, config.class_names)
+def _load_train(config: BuildConfig, *, strict: bool = False) -> Dataset:
+    path = config.train or EXAMPLE / "vtest_train.json"
+    return load_labels(path, config.train_images, config.class_names, strict=strict)
 
 
-def _load_val(config: BuildConfig) -> Dataset:
-    return load_labels(config.val or EXAMPLE / "vtest_test.json", config.val_images, config.class_names)
+def _load_val(config: BuildConfig, *, strict: bool = False) -> Dataset:
+    path = config.val or EXAMPLE / "vtest_test.json"
+    return load_labels(path, config.val_images, config.class_names, strict=strict)
 
 
-def _val(record: RunRecord) -> Dataset:
+def _val(record: RunRecord, *, strict: bool = False) -> Dataset:
     """The run's validation data, if it is still what the run began with."""
-    val = _load_val(record.config)
+    val = _load_val(record.config, strict=strict)
     if val.sha256 != record.hashes["val"]:
         raise RunError(f"{val.path} has changed since the run began: its APs could not be compared")
     return val

@@ -16,7 +16,8 @@ Pick = Annotated[
     typer.Option(
         help='Name the step to ship: "ap50>=0.55" picks the fastest that is so accurate, "latency_ms<=15" '
         "the most accurate that is so fast. Separate several by commas. Figures: ap, ap50 (on the device), "
-        "latency_ms, p99_ms (engine), end_to_end_ms, fps, params, macs, size_bytes, joules_per_image.",
+        "latency_ms, p99_ms (engine), end_to_end_ms, fps, images_per_s (copies overlapped), params, macs, size_bytes, "
+        "joules_per_image, joules_above_idle.",
         show_default=False,
     ),
 ]

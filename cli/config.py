@@ -1,7 +1,7 @@
 """What a run was asked to do: the options of `build` and `prune`, as run.json keeps them."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ class BuildConfig:
     val: Path | None
     val_images: Path | None
     iterations: int
-    remove: float  # share of the budget
-    budget: str
+    remove: float | None  # share of the budget; None, with budget: a latency is asked for
+    budget: str | None
     schedule: str
     criterion: str
     per: str
@@ -41,6 +41,12 @@ class BuildConfig:
     stop_ap_drop: float | None
     seed: int
     precision: str
+    # Later additions have defaults, which hold for the run.json of before.
+    mosaic: float = 0.0
+    latency_budget_ms: float | None = None
+    speedup: float | None = None
+    energy_budget_mj: float | None = None
+    latency_table: Path | None = None  # None: measured, where a latency is asked for
 
     def __post_init__(self) -> None:
         """Check what one option alone cannot show; ValueError says which options clash."""
@@ -52,6 +58,21 @@ class BuildConfig:
             raise ValueError("--classes names no class")
         if self.train is None and (self.train_images or self.val_images):
             raise ValueError("--train-images and --val-images need --train and --val")
+        if self.by_latency and (self.remove, self.budget) != (None, None):
+            raise ValueError(
+                "--remove and --budget do not go with --speedup, --latency-budget-ms, --energy-budget-mj"
+            )
+        if self.speedup is not None and self.latency_budget_ms is not None:
+            raise ValueError("--speedup and --latency-budget-ms exclude each other")
+        if self.latency_table is not None and not self.by_latency:
+            raise ValueError("--latency-table needs --speedup, --latency-budget-ms or --energy-budget-mj")
+
+    @property
+    def by_latency(self) -> bool:
+        """Whether a latency, or an energy, is asked for instead of a share of a cost."""
+        return any(
+            value is not None for value in (self.latency_budget_ms, self.speedup, self.energy_budget_mj)
+        )
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "BuildConfig":
@@ -62,7 +83,11 @@ class BuildConfig:
             if isinstance(value, list):
                 value = tuple(item.absolute() if isinstance(item, Path) else item for item in value)
             values[field.name] = value.absolute() if isinstance(value, Path) else value
-        return cls(**values | {"detector": absolute_detector(values["detector"])})
+        config = cls(**values | {"detector": absolute_detector(values["detector"])})
+        if config.by_latency:
+            return config
+        remove = 0.4 if config.remove is None else config.remove
+        return replace(config, remove=remove, budget=config.budget or "params")
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -71,9 +96,9 @@ class BuildConfig:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "BuildConfig":
         """Read what `to_json` wrote; KeyError if a field is missing."""
-        paths = ("weights", "train", "train_images", "select", "val", "val_images")
-        values = {field.name: record[field.name] for field in fields(cls)}
-        values |= {name: Path(values[name]) for name in paths if values[name] is not None}
+        paths = ("weights", "train", "train_images", "select", "val", "val_images", "latency_table")
+        values = {f.name: record[f.name] for f in fields(cls) if f.default is MISSING or f.name in record}
+        values |= {name: Path(values[name]) for name in paths if values.get(name) is not None}
         values["unlabelled"] = tuple(Path(path) for path in values["unlabelled"])
         return cls(**values | {"protect": tuple(values["protect"])})
 

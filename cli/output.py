@@ -1,29 +1,47 @@
-"""Results on standard output: a table for a person, JSON for a program."""
+"""Results on standard output: a table for a person, JSON for a program.
+
+torch, which the report brings with it, is loaded only for what prints a report: a camera starts without it.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from edgeprune.benchmarks.records import Report
-from edgeprune.benchmarks.report import report_json
-from edgeprune.benchmarks.summary import headline, row_figures
-from edgeprune.benchmarks.table import render_table
+if TYPE_CHECKING:
+    from edgeprune.benchmarks.records import Report
 
 _WIDTH_OF_A_FILE = 200  # characters: where no terminal sets the width, tables need not be squeezed
 
 
-def print_report(report: Report, files: Sequence[Path] = (), *, as_json: bool) -> None:
+def print_report(report: "Report", files: Sequence[Path] = (), *, as_json: bool) -> None:
     """The report's table and headline, and where its files lie; as JSON the content of report.json."""
+    from edgeprune.benchmarks.report import report_json
+    from edgeprune.benchmarks.summary import headline, row_figures
+    from edgeprune.benchmarks.table import (
+        BUDGET_CAPTION,
+        BUDGET_COLUMNS,
+        DEVICE_COLUMNS,
+        measured,
+        render_table,
+    )
+
     if as_json:
         print_json(report_json(report))
         return
     out = console()
     device = report.device.line if report.device else "no device: prune alone has run"
-    out.print(render_table(row_figures(report), caption=device))
+    rows = row_figures(report)
+    out.print(render_table(rows, caption=device))
+    on_device = measured(rows, DEVICE_COLUMNS)
+    if len(on_device) > 1:
+        out.print(render_table(rows, caption=device, columns=on_device))
+    on_budget = measured(rows, BUDGET_COLUMNS)
+    if len(on_budget) > 1:
+        out.print(render_table(rows, caption=BUDGET_CAPTION, columns=on_budget))
     out.print(headline(report).text, markup=False)
     for file in files:
         out.print(str(file), markup=False, soft_wrap=True)
@@ -40,6 +58,17 @@ def print_rows(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
     for row in rows:
         table.add_row(*map(_cell, row.values()))
     console().print(table)
+
+
+def print_quality(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
+    """What `evaluate` found, each AP with its interval."""
+    from edgeprune.benchmarks.table import EVALUATED, QUALITY_CAPTION, QUALITY_COLUMNS, render_table
+
+    if as_json:
+        print_json(list(rows))
+        return
+    caption = f"On {rows[0]['images']} images with {rows[0]['boxes']} boxes. {QUALITY_CAPTION}"
+    console().print(render_table(rows, caption, (*EVALUATED, *QUALITY_COLUMNS)))
 
 
 def _cell(value: Any) -> str:

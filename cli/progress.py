@@ -3,27 +3,29 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 from edgeprune.cli.interrupt import check, postponed
-from edgeprune.detectors.protocol import Progress
+
+if TYPE_CHECKING:  # it imports torch
+    from edgeprune.detectors.protocol import Progress
 
 LINE_EVERY_S = 15.0
 
-_console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def say(line: str) -> None:
     """A line that stays, above any bar."""
-    _console.print(line, markup=False)
+    console.print(line, markup=False)
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Progress]:
+def progress(title: str) -> Iterator["Progress"]:
     """Show PyTorch's work under `title`; call what is yielded with (done, total) as it proceeds."""
     with postponed(), _shown(title) as update:
 
@@ -35,8 +37,8 @@ def progress(title: str) -> Iterator[Progress]:
 
 
 @contextmanager
-def _shown(title: str) -> Iterator[Progress]:
-    if _console.is_terminal:
+def _shown(title: str) -> Iterator["Progress"]:
+    if console.is_terminal:
         with _bars() as bars:
             task = bars.add_task(title, total=None)
             yield lambda done, total: bars.update(task, completed=done, total=total)
@@ -61,7 +63,7 @@ def device_progress(title: str) -> Iterator[Callable[[Mapping[str, Any]], None]]
 
 def _bars() -> Bars:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Bars(*columns, TimeRemainingColumn(), console=_console, transient=True)
+    return Bars(*columns, TimeRemainingColumn(), console=console, transient=True)
 
 
 class _Lines:
@@ -69,10 +71,12 @@ class _Lines:
 
     def __init__(self, title: str) -> None:
         self._title = title
-        self._last_s = time.monotonic()
+        self._start_s = self._last_s = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         now_s = time.monotonic()
         if now_s - self._last_s >= LINE_EVERY_S:
             self._last_s = now_s
-            say(f"{self._title}: {done} of {total}")
+            left_s = (now_s - self._start_s) * (total - done) / done if done else 0.0
+            left = f", about {left_s / 60:.0f} min left" if left_s >= 60 else ""
+            say(f"{self._title}: {done} of {total}{left}")

@@ -18,6 +18,7 @@ from edgeprune.deploy.targets import Target, load_target
 RECORD = "device.json"  # in the run folder: how its device is reached, and what was found there
 BUNDLE_RECORD = "bundle.json"
 BUNDLE = "bundle.tar.gz"
+MEANWHILE = "speed is measured on this machine, and a bundle is written"
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,11 @@ class RunDevice:
     away: bool  # the session is with this machine, since there is no way to the target's device
 
     @classmethod
-    def find(cls, target: str, connection: Connection) -> "RunDevice":
+    def find(cls, target: str, connection: Connection, meanwhile: str = MEANWHILE) -> "RunDevice":
         """Reach a target's device, or this machine instead of a board that is out of reach.
+
+        Args:
+            meanwhile: what is said to happen here until the board is reached.
 
         Raises:
             DeviceError: If the device is there and cannot do its work.
@@ -41,7 +45,7 @@ class RunDevice:
                 session = connect(target, connection)
                 return cls(session.target, connection, session, away=False)
             except NoDevice as error:
-                say(f"{error}. Until then, speed is measured on this machine, and a bundle is written.")
+                say(f"{error}. Until then, {meanwhile}.")
         if target == AUTO:
             raise TargetError("--bundle writes for a kind of device: name it with --target")
         here = local_session(load_target("host"))
@@ -51,7 +55,7 @@ class RunDevice:
     @classmethod
     def of(cls, folder: Path, target: str) -> "RunDevice":
         """The device of an existing run, reached anew."""
-        return cls.find(target, _read(folder)[0] if (folder / RECORD).is_file() else Connection())
+        return cls.find(target, run_connection(folder))
 
     def save(self, folder: Path) -> None:
         record = {"connection": self.connection.to_json(), "target": asdict(self.target)}
@@ -97,6 +101,11 @@ class RunDevice:
             f"unpack it there and run `sh run.sh`, then here `edgeprune import {folder} results.tar.gz`; or "
             "give --host user@name."
         )
+
+
+def run_connection(folder: Path) -> Connection:
+    """How a run's device is reached; this machine where none was named."""
+    return _read(folder)[0] if (folder / RECORD).is_file() else Connection()
 
 
 def run_target(folder: Path, name: str) -> Target:

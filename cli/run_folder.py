@@ -1,6 +1,6 @@
 """A run's folder: what lies where, who may write, what belongs together.
 
-run.json             RunRecord: configuration, versions, hashes of data and weights
+run.json             RunRecord: configuration, versions, hashes of data and weights, what of the data was dropped
 step-00/ ...         one folder a step, 00 the unpruned detector
 report.html, report.json
 """
@@ -9,20 +9,22 @@ import fcntl
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from edgeprune.cli.config import BuildConfig
+from edgeprune.data.dataset import Dataset
 from edgeprune.data.errors import EdgePruneError
 from edgeprune.data.files import read_json, write_json
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("edgeprune", "torch", "numpy", "opencv-python-headless", "onnx", "onnxruntime", "pycocotools")
+
+
+PROBLEMS_LISTED = 20  # `edgeprune data inspect --json` lists all
 
 
 class RunError(EdgePruneError):
@@ -38,12 +40,19 @@ class RunRecord:
         str, str | None
     ]  # sha256 of "train", "val" and "weights"; None: published weights, checked on fetching
     versions: Mapping[str, str]
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """What `contents_of` says of each data set."""
 
     @classmethod
-    def of(cls, config: BuildConfig, hashes: Mapping[str, str | None]) -> "RunRecord":
+    def of(
+        cls, config: BuildConfig, hashes: Mapping[str, str | None], data: Mapping[str, Dataset]
+    ) -> "RunRecord":
+        import torch
+
         versions = {name: version(name) for name in _PACKAGES}
         threads = str(torch.get_num_threads())  # sums depend on how they are split over threads
-        return cls(config, hashes, {"python": platform.python_version(), "threads": threads} | versions)
+        versions = {"python": platform.python_version(), "threads": threads} | versions
+        return cls(config, hashes, versions, {name: contents_of(dataset) for name, dataset in data.items()})
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -51,6 +60,7 @@ class RunRecord:
             "config": self.config.to_json(),
             "hashes": dict(self.hashes),
             "versions": dict(self.versions),
+            "data": dict(self.data),
         }
 
     def differences(self, other: "RunRecord") -> list[str]:
@@ -59,6 +69,12 @@ class RunRecord:
         return self.config.differences(other.config) + [
             f"the {name} file has other contents" for name in changed
         ]
+
+
+def contents_of(dataset: Dataset) -> dict[str, Any]:
+    """What a data set holds and what of it could not be used, to be written beside a result."""
+    problems = [str(problem) for problem in dataset.problems[:PROBLEMS_LISTED]]
+    return {"path": str(dataset.path), **asdict(dataset.contents), "first_problems": problems}
 
 
 @dataclass(frozen=True)
@@ -90,7 +106,8 @@ class RunFolder:
         try:
             if record["schema_version"] != SCHEMA_VERSION:
                 raise RunError(f"{self.record_path} was written by another edgeprune: start a new run")
-            return RunRecord(BuildConfig.from_json(record["config"]), record["hashes"], record["versions"])
+            config = BuildConfig.from_json(record["config"])
+            return RunRecord(config, record["hashes"], record["versions"], record.get("data", {}))
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"{self.record_path} is damaged ({error!r}): start a new run") from error
 

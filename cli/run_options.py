@@ -105,12 +105,55 @@ Iterations = Annotated[
     ),
 ]
 Remove = Annotated[
-    float,
-    typer.Option(min=0.01, max=0.95, help="Share of the detector's --budget to remove in all: 0.4 is 40 %."),
+    float | None,
+    typer.Option(
+        min=0.01,
+        max=0.95,
+        help="Share of the detector's --budget to remove in all: 0.4 is 40 %.",
+        show_default="0.4",
+    ),
 ]
 Budget = Annotated[
-    Literal["params", "macs", "channels"],
-    typer.Option(help="What --remove is a share of: parameters, multiply-accumulates or channels."),
+    Literal["params", "macs", "channels"] | None,
+    typer.Option(
+        help="What --remove is a share of: parameters, multiply-accumulates or channels.",
+        show_default="params",
+    ),
+]
+LatencyBudgetMs = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        help="Instead of --remove: prune until an image takes so many milliseconds in the engine, measured on the "
+        "device.",
+        show_default=False,
+    ),
+]
+Speedup = Annotated[
+    float | None,
+    typer.Option(
+        min=1.0,
+        help="Instead of --remove: prune until the engine, measured on the device, is so many times as fast as the "
+        "unpruned one: 1.5 takes two thirds of its time.",
+        show_default=False,
+    ),
+]
+EnergyBudgetMj = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        help="Instead of --remove, or beside the two above: millijoules an image may take, on a device that tells "
+        "its power.",
+        show_default=False,
+    ),
+]
+LatencyTable = Annotated[
+    Path | None,
+    typer.Option(
+        help="What kernels cost on the target's device, from `edgeprune latency-table measure`, for the three above. "
+        "Default: measured on the device when the run begins.",
+        show_default=False,
+    ),
 ]
 Schedule = Annotated[
     Literal["linear", "geometric"],
@@ -169,10 +212,28 @@ FineTuneEpochs = Annotated[
 LearningRate = Annotated[
     float, typer.Option(min=0.0, help="Step size of fine-tuning. Too high a rate destroys what pruning left.")
 ]
+BodyShare = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Share of --learning-rate for all layers but the last, which make the outputs. 1 for a network whose "
+        "weights are random.",
+    ),
+]
 Distill = Annotated[
     bool,
     typer.Option(
         help="Fine-tune towards the unpruned detector's outputs and activations, or towards the labels alone."
+    ),
+]
+Mosaic = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Share of the training images that are put together from windows of four: more and smaller objects, in "
+        "new surroundings.",
     ),
 ]
 MinAp = Annotated[
@@ -193,6 +254,14 @@ StopApDrop = Annotated[
         show_default=False,
     ),
 ]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict",
+        help="Refuse data of which anything would be dropped or cut, before any work. Default: leave it out, say so, "
+        "and count it in the record.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice. The same seed gives the same weights.")]
 
 
@@ -211,8 +280,12 @@ def _options(
     val: Val = None,
     val_images: ValImages = None,
     iterations: Iterations = 10,
-    remove: Remove = 0.4,
-    budget: Budget = "params",
+    remove: Remove = None,
+    budget: Budget = None,
+    speedup: Speedup = None,
+    latency_budget_ms: LatencyBudgetMs = None,
+    energy_budget_mj: EnergyBudgetMj = None,
+    latency_table: LatencyTable = None,
     schedule: Schedule = "linear",
     criterion: Criterion = "taylor-sum",
     per: Per = "params",
@@ -225,6 +298,7 @@ def _options(
     finetune_epochs: FineTuneEpochs = 10,
     learning_rate: LearningRate = 1e-4,
     distill: Distill = True,
+    mosaic: Mosaic = 0.0,
     min_ap: MinAp = None,
     stop_ap_drop: StopApDrop = None,
     seed: Seed = 0,

@@ -4,7 +4,7 @@
 
 NanoDet-g's 2,100 candidates at 320 for each test frame of the example video go through the device agent's
 `postprocess`: at a camera's score threshold, 0.3 (aim: median below 1 ms), and at evaluation's, 0.01 with the
-best 1,000 candidates (below 5 ms). Writes benchmarks/results/nms_time.json.
+best 1,000 candidates (below 5 ms). Writes benchmarks/results/nms_time.json and .svg.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import numpy as np
 
 import edgeprune.data
 import edgeprune.deploy.device
+from edgeprune.benchmarks.figures import svg_file
 from edgeprune.benchmarks.provenance import provenance
 from edgeprune.data.dataset import load_dataset
 from edgeprune.data.files import write_json
@@ -40,6 +41,7 @@ placement = Placement(*data["placement"].tolist())
 result = {"python": sys.version.split()[0], "numpy": np.__version__}
 for score in (0.3, 0.01):
     thresholds, wall, cpu, kept = Thresholds(score=score), [], [], []
+    counts = [int(np.sum(scores > score)) for scores in data["scores"]]
     for repeat in range(23):
         for boxes, scores in zip(data["boxes"], data["scores"]):
             start, cpu_start = time.perf_counter(), time.process_time()
@@ -51,7 +53,9 @@ for score in (0.3, 0.01):
     result["score {}".format(score)] = {
         "p50_ms": float(np.median(wall)), "p99_ms": float(np.percentile(wall, 99)),
         "cpu_p50_ms": float(np.median(cpu)), "runs": len(wall), "detections": float(np.mean(kept)),
-        "candidates": float(np.mean([np.sum(scores > score) for scores in data["scores"]])),
+        "candidates": float(np.mean(counts)),
+        "candidates_by_frame": counts,
+        "p50_ms_by_frame": np.median(np.reshape(wall, (-1, len(counts))), axis=0).tolist(),
     }
 print(json.dumps(result))
 """
@@ -73,6 +77,19 @@ def candidates(path: Path) -> tuple[int, int]:
     # Placement's first two fields are scales, the others whole pixels.
     np.savez(path, boxes=np.stack(boxes), scores=np.stack(scores), placement=np.array(placement))
     return len(boxes), len(boxes[0])
+
+
+def plot(measured: dict[str, Any]) -> None:
+    """Each frame's median against the number of its candidates."""
+    with svg_file(RESULTS / "nms_time.svg") as axes:
+        for score, marker in ((0.3, "o"), (0.01, "s")):
+            found = measured[f"score {score}"]
+            label = f"score above {score}: median {found['p50_ms']:.2f} ms"
+            axes.plot(
+                found["candidates_by_frame"], found["p50_ms_by_frame"], marker, fillstyle="none", label=label
+            )
+        axes.set(xlabel="candidates of a frame", ylabel="median time of its NMS, ms", ylim=(0, None))
+        axes.legend(frameon=False)
 
 
 def main() -> None:
@@ -99,7 +116,10 @@ def main() -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     write_json(RESULTS / "nms_time.json", result)
-    print(json.dumps(measured, indent=2))
+    plot(measured)
+    for score in (0.3, 0.01):
+        found = measured[f"score {score}"]
+        print(f"score above {score}: p50 {found['p50_ms']:.3f} ms, p99 {found['p99_ms']:.3f} ms")
 
 
 if __name__ == "__main__":

@@ -69,13 +69,17 @@ class SimulatedDevice:
         preprocessing: Preprocessing,
         *,
         runs: int,
-        min_seconds: float,
-        block_runs: int,
-        warmup_runs: int,
-        seed: int,
+        min_seconds: float = 0.0,
+        block_runs: int = 10,
+        warmup_runs: int = 20,
+        seed: int = 0,
+        scopes: Sequence[str] = ("engine",),
+        idle_seconds: float = 0.0,
     ) -> Latencies:
         self.calls.append({"runs": runs, "seed": seed})
         start_s = self._time_s
+        self._time_s += idle_seconds
+        idle_s = (start_s, self._time_s) if idle_seconds else None
         order = list(range(len(engines)))
         shuffle = random.Random(seed).shuffle
         blocks = []
@@ -84,7 +88,17 @@ class SimulatedDevice:
             for index in order:
                 block_start_s = self._time_s
                 samples = tuple(self.run(index) for _ in range(block_runs))
-                blocks.append(LatencyBlock(index, number, block_start_s, self._time_s, {"engine": samples}))
+                blocks.append(
+                    LatencyBlock(
+                        index,
+                        number,
+                        block_start_s,
+                        self._time_s,
+                        {scopes[0]: samples},
+                        images_per_s=1500 / self._latencies_ms[index],
+                        images=block_runs,
+                    )
+                )
         times = [start_s + second for second in range(int(self._time_s - start_s) + 1)]
         before, after = self._power_modes
         return Latencies(
@@ -97,4 +111,5 @@ class SimulatedDevice:
                 "after": {"power_mode": after},
                 "samples": [{"time_s": time_s, **self._telemetry(time_s)} for time_s in times],
             },
+            idle_s=idle_s,
         )

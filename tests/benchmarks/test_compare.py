@@ -23,6 +23,9 @@ from edgeprune.benchmarks.records import Device
 from edgeprune.benchmarks.ship import CARD, ship
 from edgeprune.benchmarks.table import render_markdown
 from edgeprune.cli import app
+from edgeprune.data.errors import DataError
+from edgeprune.data.operating_point import Calibration, OperatingPoint, Wish
+from edgeprune.data.precision import Interval
 
 JETSON = Device("jetson-nano", "tensorrt", "NVIDIA Jetson Nano Developer Kit")
 
@@ -134,6 +137,29 @@ def test_ship_copies_what_the_records_name(run: Path, tmp_path: Path) -> None:
     for name in ("model.onnx", "weights.safetensors"):
         assert hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() in card
     assert "40 images with 300 boxes" in card
+
+
+def test_ship_takes_the_threshold_along(run: Path, tmp_path: Path) -> None:
+    """What `calibrate` chose is copied and told in the card; one that was chosen for other weights is refused."""
+    record = json.loads((run / "step-02" / "detector.json").read_text())
+    interval = Interval(0.8, 0.95)
+    point = OperatingPoint(0.4375, 0.9, interval, 0.7, interval, 1.5, interval, 100, 10, 120, 40)
+    wish = Wish(precision=0.9, frames_per_second=10)
+    Calibration(wish, point, record["weights_sha256"], "b" * 64).write(run / "step-02")
+    ship(run, 2, tmp_path / "out")
+    copied = (tmp_path / "out" / "threshold.json").read_bytes()
+    assert copied == (run / "step-02" / "threshold.json").read_bytes()
+    card = (tmp_path / "out" / CARD).read_text()
+    assert "scores above 0.4375, chosen for precision 0.9. On 40 images with 120 boxes" in card
+    assert (
+        "precision 0.900 (95 % interval 0.800 to 0.950) and recall 0.700, 1.5 false positives a minute"
+        in card
+    )
+    ship(run, 1, tmp_path / "without")
+    assert "No score threshold was chosen" in (tmp_path / "without" / CARD).read_text()
+    Calibration(wish, point, "c" * 64, "b" * 64).write(run / "step-02")
+    with pytest.raises(DataError, match="other weights"):
+        ship(run, 2, tmp_path / "stale")
 
 
 def test_ship_refuses_what_does_not_fit(run: Path, tmp_path: Path) -> None:

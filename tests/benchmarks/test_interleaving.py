@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 import pytest
+from benchmarks_example import result
 from simulated import SimulatedDevice
 
 from edgeprune.benchmarks.energy import energy_of
@@ -54,6 +56,17 @@ def test_the_ranking_survives_a_drift_of_30_percent() -> None:
         assert ratio is not None and ratio.low is not None and ratio.high is not None
         assert ratio.value == pytest.approx(true_ms / STEPS_MS[0], rel=0.01)
         assert ratio.shows_difference
+
+
+def test_throughput_is_of_the_valid_blocks() -> None:
+    """Each step's blocks keep their throughput; the result is the median of those that count."""
+    blocks = measure(SimulatedDevice([10.0, 5.0])).blocks[1]
+    assert {block.images_per_s for block in blocks} == {300.0}
+    slow = replace(blocks[0], images_per_s=1.0)
+    odd = tuple(replace(block, invalid="hot", images_per_s=9000.0) for block in blocks)
+    measured = replace(result(0), blocks=(slow, *blocks, *odd))
+    assert measured.throughput == 300.0
+    assert replace(measured, blocks=result(0).blocks).throughput is None
 
 
 def test_throttled_rounds_are_measured_again() -> None:
@@ -138,25 +151,57 @@ def test_a_device_that_tells_nothing_is_not_blamed() -> None:
 
 
 def powered(power_mw: list[dict[str, int]]) -> Latencies:
-    """Ten images in ten seconds, a sample a second."""
-    blocks = tuple(LatencyBlock(0, n, float(n), n + 1.0, {"engine": (900.0,)}) for n in range(10))
-    samples = [{"time_s": n + 0.5, "power_mw": power} for n, power in enumerate(power_mw)]
-    return Latencies(("key",), blocks, (1,), 0.0, {"before": {}, "after": {}, "samples": samples})
+    """Ten images in ten seconds after five idle ones, a sample a second; each block has an image unrecorded."""
+    blocks = tuple(
+        LatencyBlock(0, n, float(2 * n), 2 * n + 2.0, {"end_to_end": (900.0,)}, images=2) for n in range(5)
+    )
+    samples = [{"time_s": n - 4.5, "power_mw": power} for n, power in enumerate(power_mw)]
+    telemetry = {"before": {}, "after": {}, "samples": samples}
+    return Latencies(("key",), blocks, (1,), 0.0, telemetry, (-5.0, 0.0))
 
 
 def test_energy_by_hand() -> None:
-    """4 W on the input rail for ten seconds and images are 4 J an image; the first second is left out."""
-    measured = energy_of(
-        powered([{"POM_5V_IN": 9000, "POM_5V_GPU": 1}] + [{"POM_5V_IN": 4000, "POM_5V_GPU": 900}] * 9)
-    )
+    """4 W on the input rail for ten seconds and images are 4 J an image, 2.5 J above 1.5 W idle.
+
+    The first second of either span is left out: its sample holds what came before.
+    """
+    idle, busy = {"POM_5V_IN": 1500, "POM_5V_GPU": 0}, {"POM_5V_IN": 4000, "POM_5V_GPU": 900}
+    changing = {"POM_5V_IN": 9000, "POM_5V_GPU": 1}
+    measured = energy_of(powered([changing, *[idle] * 4, changing, *[busy] * 9]))
     assert measured is not None
     assert (measured.watts, measured.joules_per_image) == pytest.approx((4.0, 4.0))
+    assert (measured.idle_watts, measured.joules_per_image_above_idle) == pytest.approx((1.5, 2.5))
     assert (measured.rails, measured.samples) == (("POM_5V_IN",), 9)
+
+
+def test_energy_of_a_simulated_board() -> None:
+    """On a board of 2 W idle and 5 W busy, 10 ms an image are 50 mJ, and 30 mJ above idle."""
+    device = SimulatedDevice(
+        [10.0], telemetry=lambda time_s: {"power_mw": {"VDD_IN": 2000 if time_s <= 5 else 5000}}, noise=0.0
+    )
+    session = cast(Session, device)
+    measured = energy_of(
+        session.benchmark(
+            device.engines, [], Preprocessing(), runs=500, idle_seconds=5.0, scopes=["end_to_end"]
+        )
+    )
+    assert measured is not None
+    assert measured.joules_per_image == pytest.approx(0.050)
+    assert measured.joules_per_image_above_idle == pytest.approx(0.030)
+    assert (measured.idle_watts, measured.rails) == (2.0, ("VDD_IN",))
+
+
+def test_energy_without_an_idle_time_is_not_subtracted() -> None:
+    """Results of a device that was not idle first have joules an image, and None for those above idle."""
+    measured = energy_of(replace(powered([{"VDD_IN": 3000}] * 15), idle_s=None))
+    assert measured is not None
+    assert measured.joules_per_image == pytest.approx(3.0)
+    assert (measured.idle_watts, measured.joules_per_image_above_idle) == (None, None)
 
 
 def test_energy_without_an_input_rail_is_the_sum() -> None:
     """A board that tells GPU and CPU alone gets their sum; one that tells nothing gets no energy."""
-    measured = energy_of(powered([{"GPU": 1500, "CPU": 500}] * 10))
+    measured = energy_of(powered([{"GPU": 1500, "CPU": 500}] * 15))
     assert measured is not None
     assert (measured.watts, measured.rails) == (pytest.approx(2.0), ("CPU", "GPU"))
-    assert energy_of(powered([{}] * 10)) is None
+    assert energy_of(powered([{}] * 15)) is None

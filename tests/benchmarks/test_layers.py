@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgeprune.benchmarks.errors import BenchmarkError
-from edgeprune.benchmarks.layers import layer_times, not_faster
+from edgeprune.benchmarks.layers import layer_times, not_faster, shortfalls
 from edgeprune.benchmarks.records import LayerTime
 
 
@@ -110,3 +110,31 @@ def test_who_did_not_get_faster() -> None:
         "fused": "fused elsewhere: no kernel of its own",
         "tiny": "small: mostly the cost of a call",
     }
+
+
+def test_where_the_promised_speed_up_is_lost() -> None:
+    """Half the channels promise half the time; what a layer takes beyond it is lost, the most first.
+
+    A layer that kept its channels loses only where it grew slower; without a time there is nothing to say.
+    """
+    before = [
+        LayerTime("kept", 1.0, 8, 8),
+        LayerTime("halved", 1.0, 64, 64),
+        LayerTime("as promised", 1.0, 64, 64),
+        LayerTime("depthwise", 1.0, 1, 64),
+        LayerTime("fused", None, 64, 64),
+    ]
+    after = [
+        LayerTime("kept", 1.0, 8, 8),
+        LayerTime("halved", 0.6, 64, 32),
+        LayerTime("as promised", 0.5, 32, 64),
+        LayerTime("depthwise", 0.875, 1, 32),
+        LayerTime("fused", None, 64, 32),
+    ]
+    found = shortfalls(before, after)
+    assert [(layer.layer, round(layer.lost_ms, 6)) for layer in found] == [
+        ("depthwise", 0.375),
+        ("halved", 0.1),
+    ]
+    assert found[0].cause == "memory-bound: depthwise"
+    assert found[1].promised_ms == 0.5

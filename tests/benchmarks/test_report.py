@@ -12,16 +12,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from benchmarks_example import report
+from benchmarks_example import report, result
 from chromium import browser
 from numpy.typing import NDArray
 from rich.console import Console
 
-from edgeprune.benchmarks.records import Report
+from edgeprune.benchmarks.records import Energy, Report
 from edgeprune.benchmarks.report import report_html, report_json, write_report
 from edgeprune.benchmarks.samples import sample_ids
 from edgeprune.benchmarks.summary import headline, row_figures
 from edgeprune.benchmarks.table import COLUMNS, render_csv, render_markdown, render_table
+from edgeprune.data.precision import DetectionQuality, Interval
+from edgeprune.pruning.records import PruningStep
 
 ROW_NAMES = [
     "iteration",
@@ -72,6 +74,43 @@ def test_unmeasured_is_null_and_says_so(tmp_path: Path) -> None:
     assert [column.text(figures[1]) for column in COLUMNS[6:11]] == ["not measured"] * 5
     assert render_markdown(figures).count("not measured") == 10
     assert "not measured" in report_html(unmeasured)
+
+
+def test_what_detections_say_beyond_ap() -> None:
+    """Each step's interval, AP by size and misses stand in report.json and the page; without them there is no table."""
+    plain = report(2)
+    assert "miss rate" not in report_html(plain)
+    quality = DetectionQuality(
+        ap_small=None,
+        ap_medium=0.4,
+        ap_large=0.6,
+        ap_interval=Interval(0.27, 0.33),
+        ap50_interval=Interval(0.55, 0.65),
+        threshold=0.3,
+        precision=0.8,
+        recall=0.5,
+        miss_rate=0.45,
+    )
+    rows = tuple(replace(row, step=replace(row.step, quality=quality, ap75_after=0.31)) for row in plain.rows)
+    full = replace(plain, rows=rows)
+    row = report_json(full)["rows"][1]
+    assert (row["ap75_after"], row["ap_small"], row["ap_low"], row["ap50_high"]) == (0.31, None, 0.27, 0.65)
+    assert (row["precision_at_threshold"], row["recall_at_threshold"], row["miss_rate"]) == (0.8, 0.5, 0.45)
+    page = report_html(full)
+    assert "0.270 to 0.330" in page and re.search(r'data-title="miss rate"[^>]*>0\.450<', page)
+    assert PruningStep.from_json(json.loads(json.dumps(rows[0].step.to_json()))).quality == quality
+
+
+def test_what_was_left_out_of_the_data_is_a_warning() -> None:
+    """Images and boxes that a run could not use are counted where its reader looks; a clean data set is not named."""
+    counts = {"images": 9, "boxes": 20, "dropped_images": 2, "dropped_boxes": 3, "clipped_boxes": 1}
+    clean = {name: 0 for name in counts}
+    found = report(2, provenance={"data": {"train": clean, "val": counts}})
+    (warning,) = report_json(found)["warnings"]
+    assert warning.startswith(
+        "val data: 2 images and 3 boxes could not be used, 1 boxes were cut; 9 images with 20 boxes are left."
+    )
+    assert warning.split(";")[0] in report_html(found)
 
 
 def test_terminal_table_shows_the_same_numbers(example: Report) -> None:
@@ -146,20 +185,44 @@ def test_the_same_report_gives_the_same_page(example: Report) -> None:
     "rows", [report(11), report(2, [None, None]), report(1)], ids=["full", "unmeasured", "single"]
 )
 def test_in_a_browser(rows: Report, tmp_path: Path) -> None:
-    """No console error, no sideways scrolling at 390 and 1280 px in light and dark, under 1 s and 3 MB."""
+    """No console error, no sideways scrolling at 390 and 1280 px in light and dark, under 1 s and 3 MB.
+
+    The fastest of the four times that it is opened counts: others may use the machine as well.
+    """
+    opened_ms = []
     page, _ = write_report(rows, tmp_path, {image_id: frame(128) for image_id in sample_ids(rows)})
     assert page.stat().st_size < 3_000_000
     with browser(tmp_path / "profile") as tab:
         for width in (390, 1280):
             for dark in (False, True):
                 tab.open(page, width, dark)
+                opened_ms.append(tab.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd"))
                 assert tab.evaluate("innerWidth") == width
                 assert tab.evaluate("document.documentElement.scrollWidth") == width
                 assert tab.evaluate(OVERFLOWING) == []
                 background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
                 assert (sum(int(part) for part in re.findall(r"\d+", background)[:3]) < 384) == dark
-        assert tab.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd") < 1000
+        assert 0 < min(opened_ms) < 1000
         assert tab.console == []
+
+
+@pytest.mark.parametrize("rows", [report(11), report(1)], ids=["full", "single"])
+def test_on_paper(rows: Report, tmp_path: Path) -> None:
+    """Printed on A4, from a browser in dark mode too: white, tables as tables, nothing cut off, a few pages."""
+    page, _ = write_report(rows, tmp_path, {image_id: frame(128) for image_id in sample_ids(rows)})
+    with browser(tmp_path / "profile") as tab:
+        tab.open(page, 718, dark=True)  # 190 mm at 96 dots an inch: A4 without the margins
+        pdf = base64.b64decode(tab("Page.printToPDF", preferCSSPageSize=True)["data"])
+        dark = {"name": "prefers-color-scheme", "value": "dark"}
+        tab("Emulation.setEmulatedMedia", media="print", features=[dark])
+        assert tab.evaluate("document.documentElement.scrollWidth") == 718
+        assert tab.evaluate(OVERFLOWING) == []
+        assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        assert tab.evaluate("getComputedStyle(document.querySelector('.rows tr')).display") == "table-row"
+        assert tab.console == []
+    assert 1 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 6
+    width, height = map(float, re.findall(rb"/MediaBox\s*\[0 0 ([\d.]+) ([\d.]+)\]", pdf)[0])
+    assert (round(width), round(height)) == (595, 842)  # points
 
 
 OVERFLOWING = """
@@ -209,6 +272,31 @@ def test_figures_are_there(example: Report) -> None:
         "Channels per layer",
         "Importance of the channels",
     ]
+
+
+def test_throughput_and_energy_are_shown_where_they_were_measured() -> None:
+    """A board that tells its power gets joules with and without idle, in page, terminal table and JSON.
+
+    What no step has is not a column of "not measured": the page says once that it was not measured.
+    """
+    energy = Energy(5.25, 0.0625, ("VDD_IN",), 9, idle_watts=2.125, joules_per_image_above_idle=0.0375)
+    told = [
+        replace(
+            measured, energy=energy, blocks=tuple(replace(b, images_per_s=123.4) for b in measured.blocks)
+        )
+        for measured in (result(0), result(1))
+    ]
+    html = report_html(report(2, told))
+    for cell in ("123.4", "5.25 (2.12)", "0.062", "0.037"):
+        assert f">{cell}</td>" in html
+    assert "does not tell: latency p50 ms (engine with copies)." in html
+    row = report_json(report(2, told))["rows"][1]
+    assert (row["throughput_images_per_s"], row["idle_watts"]) == (123.4, 2.125)
+    assert (row["joules_per_image"], row["joules_per_image_above_idle"]) == (0.0625, 0.0375)
+    silent = report_html(report(2))
+    assert "J an image</th>" not in silent
+    assert "images/s (copies overlapped); W (idle); J an image; J an image above idle." in silent
+    assert "More of the device" not in report_html(report(2, [None, None]))
 
 
 def test_what_to_mind_is_on_the_page(example: Report) -> None:

@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 
 from edgeprune.cli import app
 from edgeprune.data.files import read_json, sha256_of
+from edgeprune.data.precision import QUALITY_FIGURES
 
 PROGRAM = [sys.executable, str(Path(__file__).with_name("tiny_detector.py"))]
 
@@ -164,6 +165,15 @@ def test_evaluate_gives_the_ap_of_any_step(finished: Path, inputs: Path) -> None
     rows = read_json(finished / "report.json")["rows"]
     found = json.loads(succeed("evaluate", finished, "--json").stdout)
     assert [row["ap"] for row in found] == [row["ap_after"] for row in rows]
+    for row, recorded in zip(found, rows, strict=True):
+        assert row["ap_low"] <= row["ap"] <= row["ap_high"]
+        assert {name: row[name] for name in QUALITY_FIGURES} == {
+            name: recorded[name] for name in QUALITY_FIGURES
+        }
+    (strict,) = json.loads(succeed("evaluate", finished, "--step", 0, "--threshold", 0.99, "--json").stdout)
+    assert strict["recall_at_threshold"] <= found[0]["recall_at_threshold"]
+    table = succeed("evaluate", finished).stdout
+    assert "miss rate" in table and "On 8 images with 8 boxes" in table
     (other,) = json.loads(
         succeed("evaluate", finished, "--step", 2, "--val", inputs / "boxes_train.json", "--json").stdout
     )
@@ -374,9 +384,56 @@ def test_an_image_that_does_not_decode(part: str, inputs: Path, tmp_path: Path) 
     shutil.copytree(inputs, damaged)
     (damaged / part / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
     said = succeed("prune", *options(damaged, damaged / "run", iterations=1)).output
-    told = f"{damaged / f'boxes_{part}.json'}: 1 images or boxes were dropped or cut"
+    told = f"{damaged / f'boxes_{part}.json'}: 1 images and 0 boxes were dropped, 0 boxes cut"
     (line,) = [line for line in said.splitlines() if line.startswith(told)]
     assert "images[2]: its image file is a damaged PNG; dropped" in line
+
+
+def test_what_was_dropped_is_recorded(inputs: Path, tmp_path: Path) -> None:
+    """run.json counts what each data set lost and lists it, the report warns of it; --strict refuses the same."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(inputs, damaged)
+    (damaged / "train" / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    labels = damaged / "boxes_val.json"
+    content = read_json(labels)
+    content["annotations"][0]["bbox"] = [40, 40, -5, 10]
+    content["annotations"][1]["bbox"] = [40, 40, 30, 10]
+    labels.write_text(json.dumps(content))
+    arguments = options(damaged, tmp_path / "run", iterations=1, finetune_epochs=0)
+    refused = fails("build", *arguments, "--strict")
+    assert "boxes_train.json: 1 images or boxes cannot be used" in refused
+    assert not (tmp_path / "run").exists()
+    succeed("build", *arguments)
+    held = read_json(tmp_path / "run" / "run.json")["data"]
+    counts = ("images", "boxes", "dropped_images", "dropped_boxes", "clipped_boxes")
+    assert [held["train"][name] for name in counts] == [15, 15, 1, 0, 0]
+    assert [held["val"][name] for name in counts] == [8, 7, 0, 1, 1]
+    assert "inverted or empty" in held["val"]["first_problems"][0]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "val data: 0 images and 1 boxes could not be used, 1 boxes were cut" in page
+    assert "train data: 1 images and 0 boxes could not be used" in page
+    strict = edgeprune("evaluate", tmp_path / "run", "--strict")
+    assert strict.exit_code == 1 and "boxes_val.json: 2 images or boxes" in strict.stderr
+
+
+def test_a_run_of_before_is_still_read(finished: Path, tmp_path: Path) -> None:
+    """run.json and steps without what was added later are read, and the report shows that it was not measured."""
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    record = read_json(run / "run.json")
+    del record["data"], record["config"]["mosaic"]
+    (run / "run.json").write_text(json.dumps(record))
+    for path in run.glob("step-*/detector.json"):
+        saved = read_json(path)
+        for step in saved["steps"]:
+            del step["quality"], step["ap75_after"]
+        path.write_text(json.dumps(saved))
+    succeed("report", run)
+    rows = read_json(run / "report.json")["rows"]
+    assert [row["miss_rate"] for row in rows] == [None] * 3
+    assert [row["ap_after"] for row in rows] == [
+        row["ap_after"] for row in read_json(finished / "report.json")["rows"]
+    ]
+    succeed("evaluate", run)
 
 
 @pytest.fixture

@@ -47,14 +47,24 @@ def test_build_and_prune_take_the_same_options() -> None:
 
 def test_defaults_are_those_of_the_library() -> None:
     """What an option left out means is decided once: in the options of pruning and of fine-tuning."""
+    from edgeprune.cli.config import BuildConfig
+    from edgeprune.detectors.adaptation import AdaptOptions
     from edgeprune.detectors.training import FineTuneOptions
     from edgeprune.pruning.schedule import PruningOptions
 
     defaults = {parameter.name: parameter.default for parameter in COMMANDS["build"].params}
     pruning, tuning = PruningOptions(), FineTuneOptions()
-    for name in ("iterations", "remove", "criterion", "per", "seed"):
+    for name in ("iterations", "criterion", "per", "seed"):
         assert defaults[name] == getattr(pruning, name), name
     assert (defaults["finetune_epochs"], defaults["learning_rate"]) == (tuning.epochs, tuning.learning_rate)
+    assert defaults["mosaic"] == tuning.mosaic
+    config = BuildConfig.from_options({**defaults, "target": "host"})
+    assert (config.remove, config.budget) == (pruning.remove, pruning.budget)
+    shown = {parameter.name: parameter.show_default for parameter in COMMANDS["build"].params}
+    assert (float(shown["remove"]), shown["budget"]) == (pruning.remove, pruning.budget)
+    adapting = {parameter.name: parameter.default for parameter in COMMANDS["adapt"].params}
+    for name in ("epochs", "learning_rate", "body_share", "mosaic"):
+        assert adapting[name] == getattr(AdaptOptions(), name), name
 
 
 def test_help_is_instant() -> None:
@@ -150,7 +160,7 @@ def test_no_arguments_shows_help() -> None:
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     """Every command on a run folder says in one line what is missing."""
-    for name in ("export", "deploy", "bench", "report", "evaluate"):
+    for name in ("export", "deploy", "bench", "report", "evaluate", "camera"):
         result = CliRunner().invoke(app, [name, str(tmp_path)])
         assert result.exit_code == 1
         assert "no run folder" in result.stderr

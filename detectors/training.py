@@ -420,18 +420,18 @@ class _FineTuning:
             optimizer=self.optimizer.state_dict(),
             records=[*at.records, asdict(record)],
         )
-        for candidate, loss, weights, averaged in (
+        for candidate, held_out, weights, averaged in (
             (precision, select_loss, state, False),
             (average_precision, average_loss, average, True),
         ):
-            if self._is_better(candidate, loss, now):
+            if self._is_better(candidate, held_out, now):
                 now = replace(
                     now,
                     best=_copy(weights),
                     best_epoch=epoch,
                     averaged=averaged,
                     after=asdict(candidate),
-                    after_loss=math.inf if loss is None else loss,
+                    after_loss=math.inf if held_out is None else held_out,
                 )
         return now
 

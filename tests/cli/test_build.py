@@ -14,8 +14,7 @@ from typing import Any
 import onnx
 import pytest
 import safetensors.numpy
-import torch
-from tiny_detector import SIDE, write_data, write_weights
+from tiny_detector import SIDE, own_surroundings, write_inputs
 from typer.testing import CliRunner, Result
 
 from edgeprune.cli import app
@@ -28,23 +27,14 @@ PROGRAM = [sys.executable, str(Path(__file__).with_name("tiny_detector.py"))]
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights, training and validation data."""
-    folder = tmp_path_factory.mktemp("inputs")
-    write_weights(folder / "tiny.pt")
-    write_data(folder, "train", 16, seed=1)
-    write_data(folder, "val", 8, seed=2)
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache folder of these tests' own (the device works there), and one thread here as in the programs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("OMP_NUM_THREADS", "1")
+    with own_surroundings(tmp_path_factory.mktemp("cache")):
         yield
-    torch.set_num_threads(threads)
 
 
 def options(inputs: Path, run: Path, **changes: Any) -> list[str]:

@@ -1,6 +1,5 @@
 """`edgeprune build --speedup` on a tiny detector: measured on this machine, over ssh, by a table alone, refused."""
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from simulated_device import table_of
-from tiny_detector import SIDE, load_tiny, write_data, write_weights
+from sshd import Sshd
+from tiny_detector import SIDE, load_tiny, own_surroundings, write_inputs
 from typer.testing import CliRunner, Result
 
 from edgeprune.cli import app
@@ -22,36 +21,18 @@ from edgeprune.deploy.targets import load_target
 from edgeprune.pruning.checkpoint import load_step, trace_detector
 from edgeprune.pruning.latency import FILE_NAME, LatencyTable
 
-# By its path: it is a helper of the tests of another folder.
-_spec = importlib.util.spec_from_file_location(
-    "sshd_of_deploy", Path(__file__).parents[1] / "deploy" / "sshd.py"
-)
-assert _spec is not None
-assert _spec.loader is not None
-sshd = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(sshd)
-
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights, training and validation data."""
-    folder = tmp_path_factory.mktemp("inputs")
-    write_weights(folder / "tiny.pt")
-    write_data(folder, "train", 16, seed=1)
-    write_data(folder, "val", 8, seed=2)
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of these tests' own, which keeps what is measured of kernels; one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("OMP_NUM_THREADS", "1")
+    with own_surroundings(tmp_path_factory.mktemp("cache")):
         yield
-    torch.set_num_threads(threads)
 
 
 def edgeprune(command: str, inputs: Path, run: Path, *more: object, **changes: Any) -> Result:
@@ -150,7 +131,7 @@ def test_over_ssh(inputs: Path, tmp_path: Path) -> None:
     """Engines are timed through a real sshd, on the other side."""
     if shutil.which("sshd", path="/usr/sbin:/sbin:/usr/bin") is None:
         pytest.skip("no sshd here (Debian: openssh-server)")
-    server = sshd.Sshd(tmp_path / "sshd", {"OMP_NUM_THREADS": "1"})
+    server = Sshd(tmp_path / "sshd", {"OMP_NUM_THREADS": "1"})
     try:
         way = {"host": "board", "ssh_config": server.config, "device_python": sys.executable}
         folder = tmp_path / "work"

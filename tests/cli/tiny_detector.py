@@ -1,7 +1,8 @@
 """A detector and data so small that a build takes seconds; as a program, edgeprune that knows `tiny`."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -91,7 +92,30 @@ def write_data(folder: Path, name: str, images: int, seed: int) -> Path:
     return path
 
 
+def write_inputs(folder: Path) -> Path:
+    """Weights, training and validation data."""
+    write_weights(folder / "tiny.pt")
+    write_data(folder, "train", 16, seed=1)
+    write_data(folder, "val", 8, seed=2)
+    return folder
+
+
+@contextlib.contextmanager
+def own_surroundings(cache: Path) -> Iterator[None]:
+    """A cache folder of these tests' own (the device works there), and one thread here as in the programs."""
+    import pytest  # not for the program
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
+
+
 DETECTORS["tiny"] = Registered(TinyDetector, load_tiny, "nanodet-g")
+
 
 if __name__ == "__main__":
     app()

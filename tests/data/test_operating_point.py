@@ -9,9 +9,7 @@ import pytest
 from coco_files import image, person, write_coco
 from hypothesis import given
 from hypothesis import strategies as st
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-from test_precision import found, scattered
+from test_precision import coco_evaluation, found, scattered
 
 from edgeprune.data.dataset import Dataset, load_dataset
 from edgeprune.data.errors import DataError
@@ -21,26 +19,8 @@ from edgeprune.data.precision import ImageDetections
 
 def count(dataset: Dataset, detections: list[ImageDetections], threshold: float) -> tuple[int, int]:
     """Right and false detections above a threshold, the others taken away before pycocotools sees them."""
-    truth, kept = COCO(), COCO()
-    truth.dataset = {**dataset.coco, "annotations": [dict(box) for box in dataset.coco["annotations"]]}
-    rows = [
-        {
-            "image_id": record.image_id,
-            "category_id": 1,
-            "iscrowd": 0,
-            "bbox": [float(x1), float(y1), float(x2) - float(x1), float(y2) - float(y1)],
-            "area": (float(x2) - float(x1)) * (float(y2) - float(y1)),
-            "score": float(score),
-        }
-        for record in detections
-        for (x1, y1, x2, y2), score in zip(record.boxes, record.scores, strict=True)
-        if score > threshold
-    ]
-    kept.dataset = {**dataset.coco, "annotations": [{"id": n, **row} for n, row in enumerate(rows, 1)]}
+    evaluation = coco_evaluation(dataset, detections, threshold)
     with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-        kept.createIndex()
-        evaluation = COCOeval(truth, kept, "bbox")
         evaluation.params.iouThrs = np.array([0.5])
         evaluation.params.areaRng = [[0, 1e10]]
         evaluation.evaluate()
@@ -51,13 +31,18 @@ def count(dataset: Dataset, detections: list[ImageDetections], threshold: float)
     return right, sum(int((~m & c).sum()) for m, c in zip(matched, counted, strict=True))
 
 
+def at_all_cuts(dataset: Dataset, detections: list[ImageDetections]) -> dict[float, tuple[int, int]]:
+    """Right and false detections by the score that they are above."""
+    scores = np.unique(np.concatenate([record.scores for record in detections]))
+    cuts = [0.01, *scores[scores > 0.01].astype(float)]
+    return {cut: count(dataset, detections, cut) for cut in cuts}
+
+
 @given(seed=st.integers(0, 200), precision=st.floats(0.3, 1.0))
 def test_the_threshold_reaches_the_precision_with_the_highest_recall(seed: int, precision: float) -> None:
     """Counted anew above the threshold the precision is the one asked; no lower cut has it."""
     dataset, detections = scattered([3, 0, 2, 5, 1, 4], seed)
-    scores = np.unique(np.concatenate([record.scores for record in detections]))
-    cuts = [0.01, *scores[scores > 0.01].astype(float)]
-    counted = {cut: count(dataset, detections, cut) for cut in cuts}
+    counted = at_all_cuts(dataset, detections)
     good = [cut for cut, (right, false) in counted.items() if right and right / (right + false) >= precision]
     wish = Wish(precision=precision)
     if not good:
@@ -77,9 +62,7 @@ def test_the_threshold_reaches_the_precision_with_the_highest_recall(seed: int, 
 def test_the_threshold_keeps_to_the_false_positives(seed: int, per_minute: float) -> None:
     """Counted anew there are so many false detections a minute at most; no lower cut has so few."""
     dataset, detections = scattered([3, 1, 2, 5, 1, 4], seed)
-    scores = np.unique(np.concatenate([record.scores for record in detections]))
-    cuts = [0.01, *scores[scores > 0.01].astype(float)]
-    counted = {cut: count(dataset, detections, cut) for cut in cuts}
+    counted = at_all_cuts(dataset, detections)
     good = [
         cut
         for cut, (right, false) in counted.items()

@@ -161,8 +161,8 @@ def scattered(sizes: list[int], seed: int) -> tuple[Dataset, list[ImageDetection
     return Dataset(Path("made"), Path(), ("person",), "", tuple(samples), coco), detections
 
 
-def stats(dataset: Dataset, detections: list[ImageDetections]) -> list[float]:
-    """pycocotools' own twelve figures."""
+def coco_evaluation(dataset: Dataset, detections: list[ImageDetections], above: float = -1.0) -> COCOeval:
+    """pycocotools on detections above a score, not run yet."""
     truth, found = COCO(), COCO()
     truth.dataset = {**dataset.coco, "annotations": [dict(box) for box in dataset.coco["annotations"]]}
     rows = [
@@ -176,12 +176,19 @@ def stats(dataset: Dataset, detections: list[ImageDetections]) -> list[float]:
         }
         for record in detections
         for (x1, y1, x2, y2), score in zip(record.boxes, record.scores, strict=True)
+        if score > above
     ]
     found.dataset = {**dataset.coco, "annotations": [{"id": n, **row} for n, row in enumerate(rows, 1)]}
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
         found.createIndex()
-        evaluation = COCOeval(truth, found, "bbox")
+        return COCOeval(truth, found, "bbox")
+
+
+def stats(dataset: Dataset, detections: list[ImageDetections]) -> list[float]:
+    """pycocotools' own twelve figures."""
+    evaluation = coco_evaluation(dataset, detections)
+    with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

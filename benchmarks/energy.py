@@ -1,6 +1,7 @@
 """Power and energy an image, where the board tells its power."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -9,6 +10,11 @@ from edgeprune.deploy.device.telemetry import board_rails
 from edgeprune.deploy.records import Latencies
 
 SETTLE_S = 1.0  # a sample averages over the second before it: the first one still holds what came before
+
+
+def tells_power(telemetry: Mapping[str, Any]) -> bool:
+    """Whether the device told its power while a benchmark ran."""
+    return any(sample.get("power_mw") for sample in telemetry["samples"])
 
 
 def energy_of(latencies: Latencies) -> Energy | None:

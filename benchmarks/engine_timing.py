@@ -8,12 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import cv2
-import numpy as np
-
 from edgeprune.benchmarks.latency_table import is_typed_half
-from edgeprune.benchmarks.measure import BenchmarkOptions, measure_interleaved
+from edgeprune.benchmarks.measure import BenchmarkOptions, gray_image, measure_interleaved
+from edgeprune.benchmarks.records import samples_by_block
 from edgeprune.benchmarks.statistics import paired_ratio, summarise
+from edgeprune.deploy.device.bench import ENGINE
 from edgeprune.deploy.device.imaging import Preprocessing
 from edgeprune.deploy.records import Engine
 from edgeprune.deploy.session import Session
@@ -23,7 +22,6 @@ from edgeprune.export.model import export_onnx
 from edgeprune.pruning.graph import Network
 from edgeprune.pruning.records import MeasuredLatency
 
-SCOPE = "engine"
 OPTIONS = BenchmarkOptions(runs=120, block_runs=10)  # 12 rounds: enough for an interval
 
 
@@ -60,32 +58,28 @@ class EngineTimer:
         self.session, self.build, self.export = session, build, export
         self.preprocessing, self.options = preprocessing, options
         self.unpruned, self.unpruned_ms = unpruned, unpruned_ms
+        self._unpruned_engine: Engine | None = None  # built once: it is timed beside every other
 
     def __call__(self, network: Network) -> MeasuredLatency:
         """
         Raises:
             EdgePruneError: If the network cannot be exported, or the device fails.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            image = Path(folder) / "gray.png"  # what it shows changes no engine's latency
-            cv2.imwrite(str(image), np.full((64, 64, 3), 128, np.uint8))
-            engines = []
-            for name, each in (("unpruned", self.unpruned), ("narrowed", network)):
-                path = Path(folder) / f"{name}.onnx"
-                self.export(each, path)
-                engines.append(self.build(path))
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            if self._unpruned_engine is None:
+                self._unpruned_engine = self._built(self.unpruned, folder / "unpruned.onnx")
+            engines = [self._unpruned_engine, self._built(network, folder / "narrowed.onnx")]
+            image = gray_image(folder)
             found = measure_interleaved(self.session, engines, [image], self.preprocessing, self.options)
-        unpruned, narrowed = (
-            {
-                block.index: block.samples_ms[SCOPE]
-                for block in blocks
-                if found.disturbed or block.invalid is None
-            }
-            for blocks in found.blocks
-        )
+        unpruned, narrowed = (samples_by_block(found.counted_blocks(index), ENGINE) for index in range(2))
         if self.unpruned_ms is None:
-            self.unpruned_ms = summarise([ms for block in unpruned.values() for ms in block], SCOPE).p50_ms
+            self.unpruned_ms = summarise([ms for block in unpruned.values() for ms in block], ENGINE).p50_ms
         ratio = paired_ratio(narrowed, unpruned)
         assert ratio is not None  # they were measured in the same rounds
         low, high = (end and end * self.unpruned_ms for end in (ratio.low, ratio.high))
         return MeasuredLatency(ratio.value * self.unpruned_ms, low, high)
+
+    def _built(self, network: Network, path: Path) -> Engine:
+        self.export(network, path)
+        return self.build(path)

@@ -20,16 +20,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-import cv2
 import numpy as np
 from scipy.optimize import nnls
 
-from edgeprune.benchmarks.energy import energy_of
+from edgeprune.benchmarks.energy import energy_of, tells_power
 from edgeprune.benchmarks.errors import BenchmarkError
 from edgeprune.benchmarks.latency_probes import QUANTILE, Probe, probe_times, write_probes
 from edgeprune.benchmarks.layers import layer_times
-from edgeprune.benchmarks.measure import ENERGY_S
-from edgeprune.benchmarks.validity import disturbances
+from edgeprune.benchmarks.measure import ENERGY_S, disturbed_rounds, gray_image
 from edgeprune.data.errors import EdgePruneError
 from edgeprune.data.files import read_json, write_json
 from edgeprune.deploy.device.bench import END_TO_END, ENGINE
@@ -220,8 +218,7 @@ class _Device:
         self.session = session
         self.preprocessing = preprocessing
         self.folder = folder
-        self.image = folder / "gray.png"
-        cv2.imwrite(str(self.image), np.full((64, 64, 3), 128, np.uint8))
+        self.image = gray_image(folder)
         self.seed = seed
         self._shuffle = random.Random(seed).shuffle
         self._precision = precision
@@ -478,13 +475,9 @@ def _measure_networks(
         ),
         convolutions_ms=tuple(convolutions for convolutions, _ in kernels),
         rest_ms=tuple(rest for _, rest in kernels),
-        power_w=_power_w(device, engines[0][1]) if _tells_power(latencies) else None,
+        power_w=_power_w(device, engines[0][1]) if tells_power(latencies.telemetry) else None,
         disturbed=_disturbed(latencies, [engine for _, engine in engines]),
     )
-
-
-def _tells_power(latencies: Latencies) -> bool:
-    return any(sample.get("power_mw") for sample in latencies.telemetry["samples"])
 
 
 def _power_w(device: _Device, engine: Engine) -> float | None:
@@ -504,13 +497,8 @@ def _power_w(device: _Device, engine: Engine) -> float | None:
 
 def _disturbed(latencies: Latencies, engines: Sequence[Engine]) -> str | None:
     """What disturbed more than half of the rounds."""
-    spans: dict[int, tuple[float, float]] = {}
-    for block in latencies.blocks:
-        start_s, _ = spans.setdefault(block.round, (block.start_s, block.end_s))
-        spans[block.round] = (start_s, block.end_s)
-    own_threads = max(int(engine.options.get("threads", 1)) for engine in engines)
-    found = disturbances(spans, latencies.telemetry, own_threads)
-    return next(iter(found.values())) if 2 * len(found) > len(spans) else None
+    rounds, found = disturbed_rounds(latencies, engines)
+    return next(iter(found.values())) if 2 * len(found) > rounds else None
 
 
 def _removals(groups: Groups, step: int, seed: int) -> Iterator[list[int]]:

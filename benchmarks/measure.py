@@ -7,9 +7,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
-from edgeprune.benchmarks.energy import energy_of
+from edgeprune.benchmarks.energy import energy_of, tells_power
 from edgeprune.benchmarks.records import (
     SAMPLE_SCORE,
     BenchmarkResult,
@@ -17,6 +18,7 @@ from edgeprune.benchmarks.records import (
     Device,
     Latency,
     SampleDetections,
+    counted,
 )
 from edgeprune.benchmarks.statistics import MIN_BLOCKS, summarise
 from edgeprune.benchmarks.validity import disturbances
@@ -71,7 +73,7 @@ def benchmark_engines(
     device = Device.of(session.probe())
     images = list(islice(files.values(), options.images))
     measured = measure_interleaved(session, engines, images, preprocessing, options)
-    tells_power = any(sample.get("power_mw") for sample in measured.telemetry["samples"])
+    with_energy = tells_power(measured.telemetry)
     results = []
     for index, engine in enumerate(engines):
         evaluation = session.evaluate(engine, files, preprocessing)
@@ -87,7 +89,7 @@ def benchmark_engines(
                 idle_seconds=ENERGY_S,
                 scopes=[END_TO_END],
             )
-            if tells_power
+            if with_energy
             else None
         )
         results.append(
@@ -102,7 +104,7 @@ def benchmark_engines(
                 images=precision.images,
                 boxes=precision.boxes,
                 not_finite=evaluation.not_finite,
-                latencies=_summaries(measured.blocks[index], measured.disturbed),
+                latencies=_summaries(measured.counted_blocks(index)),
                 blocks=tuple(measured.blocks[index]),
                 disturbed=measured.disturbed,
                 layer_times_ms={name: float(np.median(ms)) for name, ms in profile.times_ms.items()},
@@ -126,6 +128,10 @@ class Interleaved:
     warmup_runs: Sequence[int]
     timer_overhead_ms: float
 
+    def counted_blocks(self, engine: int) -> tuple[Block, ...]:
+        """Those of one engine that figures are made of."""
+        return counted(self.blocks[engine], self.disturbed)
+
 
 def measure_interleaved(
     session: Session,
@@ -140,7 +146,6 @@ def measure_interleaved(
     `MIN_BLOCKS` rounds were valid, `disturbed` says why, and all of them count: a latency that is known to be
     disturbed says more than none.
     """
-    own_threads = max(int(engine.options.get("threads", 1)) for engine in engines)
     wanted = -(-options.runs // options.block_runs)
     blocks: list[list[Block]] = [[] for _ in engines]
     samples: list[Mapping[str, Any]] = []
@@ -158,16 +163,15 @@ def measure_interleaved(
             warmup_runs=options.warmup_runs,
             seed=options.seed + attempt,
         )
-        rounds = _rounds(latencies)
-        found = disturbances(rounds, latencies.telemetry, own_threads)
+        rounds, found = disturbed_rounds(latencies, engines)
         for index in range(len(engines)):
             blocks[index] += _blocks(latencies, index, next_round, found)
         samples += latencies.telemetry["samples"]
         reasons |= {next_round + number: reason for number, reason in found.items()}
-        next_round += len(rounds)
-        if not found or len(found) == len(rounds):
+        next_round += rounds
+        if not found or len(found) == rounds:
             break
-        log.info("%d of %d rounds were disturbed: %s", len(found), len(rounds), next(iter(found.values())))
+        log.info("%d of %d rounds were disturbed: %s", len(found), rounds, next(iter(found.values())))
     enough = next_round - len(reasons) >= min(MIN_BLOCKS, wanted)
     return Interleaved(
         blocks=blocks,
@@ -178,12 +182,21 @@ def measure_interleaved(
     )
 
 
-def _rounds(latencies: Latencies) -> dict[int, tuple[float, float]]:
+def disturbed_rounds(latencies: Latencies, engines: Sequence[Engine]) -> tuple[int, dict[int, str]]:
+    """How many rounds were measured, and what disturbed which of them."""
     spans: dict[int, tuple[float, float]] = {}
     for block in latencies.blocks:
         start_s, end_s = spans.get(block.round, (block.start_s, block.end_s))
         spans[block.round] = (min(start_s, block.start_s), max(end_s, block.end_s))
-    return spans
+    own_threads = max(int(engine.options.get("threads", 1)) for engine in engines)
+    return len(spans), disturbances(spans, latencies.telemetry, own_threads)
+
+
+def gray_image(folder: Path) -> Path:
+    """A file for engines whose time alone counts: what it shows changes no latency."""
+    path = folder / "gray.png"
+    cv2.imwrite(str(path), np.full((64, 64, 3), 128, np.uint8))
+    return path
 
 
 def _blocks(latencies: Latencies, engine: int, first_round: int, invalid: Mapping[int, str]) -> list[Block]:
@@ -212,9 +225,8 @@ def _samples(detections: Sequence[ImageDetections]) -> tuple[SampleDetections, .
     return tuple(samples)
 
 
-def _summaries(blocks: Sequence[Block], disturbed: str | None) -> tuple[Latency, ...]:
-    counted = [block for block in blocks if disturbed or block.invalid is None]
+def _summaries(blocks: Sequence[Block]) -> tuple[Latency, ...]:
     return tuple(
-        summarise([ms for block in counted for ms in block.samples_ms[scope]], scope)
-        for scope in counted[0].samples_ms
+        summarise([ms for block in blocks for ms in block.samples_ms[scope]], scope)
+        for scope in blocks[0].samples_ms
     )

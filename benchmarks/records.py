@@ -1,6 +1,6 @@
 """What was measured: latencies, intervals, one benchmark, and the report that puts it beside the pruning."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -59,6 +59,16 @@ class Block:
     samples_ms: Mapping[str, tuple[float, ...]]  # by scope
     invalid: str | None = None  # why it is left out: throttling, another power mode, another load
     images_per_s: float | None = None  # throughput with several images in flight; None: not measured
+
+
+def counted(blocks: Sequence[Block], disturbed: str | None) -> tuple[Block, ...]:
+    """The blocks that figures are made of: the valid ones, or all where too few were, which `disturbed` says."""
+    return tuple(block for block in blocks if disturbed or block.invalid is None)
+
+
+def samples_by_block(blocks: Sequence[Block], scope: str) -> dict[int, Sequence[float]]:
+    """Milliseconds of one scope, as `statistics.paired_ratio` takes them."""
+    return {block.index: block.samples_ms[scope] for block in blocks if scope in block.samples_ms}
 
 
 @dataclass(frozen=True)
@@ -154,8 +164,8 @@ class BenchmarkResult:
 
     @property
     def counted_blocks(self) -> tuple[Block, ...]:
-        """The blocks behind the latencies: the valid ones, or all where too few were."""
-        return tuple(block for block in self.blocks if self.disturbed or block.invalid is None)
+        """The blocks behind the latencies."""
+        return counted(self.blocks, self.disturbed)
 
     @property
     def fps(self) -> float | None:

@@ -1,10 +1,10 @@
 """A report's figures under their names in report.json, and the headline drawn from them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edgeprune.benchmarks.records import BenchmarkResult, Ratio, Report, ReportRow
+from edgeprune.benchmarks.records import BenchmarkResult, Ratio, Report, ReportRow, samples_by_block
 from edgeprune.benchmarks.statistics import paired_ratio
 from edgeprune.data.precision import QUALITY_FIGURES
 from edgeprune.pruning.records import FineTuneRecord
@@ -24,11 +24,8 @@ def row_figures(report: Report) -> list[Figures]:
 
 def speed_ratio(result: BenchmarkResult, baseline: BenchmarkResult, scope: str) -> Ratio | None:
     """Latency of `result` / latency of `baseline` over the valid blocks that were measured together."""
-    return paired_ratio(_valid_blocks(result, scope), _valid_blocks(baseline, scope))
-
-
-def _valid_blocks(result: BenchmarkResult, scope: str) -> dict[int, Sequence[float]]:
-    return {b.index: b.samples_ms[scope] for b in result.counted_blocks if scope in b.samples_ms}
+    own, other = (samples_by_block(each.counted_blocks, scope) for each in (result, baseline))
+    return paired_ratio(own, other)
 
 
 def _figures(row: ReportRow, first: ReportRow) -> Figures:

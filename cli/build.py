@@ -32,7 +32,12 @@ from edgeprune.data.dataset import Dataset, load_dataset
 from edgeprune.data.errors import DataError
 from edgeprune.data.files import read_json, sha256_of, write_json
 from edgeprune.data.operating_point import Calibration, Wish, choose_operating_point
-from edgeprune.data.precision import OPERATING_THRESHOLD, average_precision, detection_quality
+from edgeprune.data.precision import (
+    OPERATING_THRESHOLD,
+    ImageDetections,
+    average_precision,
+    detection_quality,
+)
 from edgeprune.deploy.bundle import ImportedSession, read_results
 from edgeprune.deploy.connection import AUTO, Connection
 from edgeprune.deploy.device.imaging import Preprocessing
@@ -41,7 +46,7 @@ from edgeprune.deploy.session import Session, image_files
 from edgeprune.deploy.targets import load_target
 from edgeprune.detectors.adaptation import AdaptOptions
 from edgeprune.detectors.evaluation import detect
-from edgeprune.detectors.protocol import Detector
+from edgeprune.detectors.protocol import Detector, Progress
 from edgeprune.detectors.registry import load_detector, slug
 from edgeprune.detectors.training import FineTuneOptions
 from edgeprune.export.model import Batch, ExportedModel
@@ -250,18 +255,14 @@ def evaluate(
     """
     run = RunFolder(path)  # not locked: it reads what a build has finished
     record = run.read_record()
-    names = record.config.class_names
-    dataset = (
-        load_labels(val, val_images, names, strict=strict) if val is not None else _val(record, strict=strict)
-    )
+    dataset = _scored_on(record, val, val_images, strict=strict)
     device = training_device(record.config.train_device)
     rows = []
     for iteration in _chosen(run, step):
-        pruned = load_step(run.step(iteration))
-        with progress(f"iteration {iteration}: AP on {len(dataset)} images") as update:
-            pruned.detector.to(device)
-            found = detect(_protocol(pruned), pruned.network.to(device), dataset, device, update)
         folder = run.step(iteration)
+        pruned = load_step(folder)
+        with progress(f"iteration {iteration}: AP on {len(dataset)} images") as update:
+            found = _detections(pruned, dataset, device, update)
         calibrated = Calibration.read(folder, sha256_of(folder / "weights.safetensors"))
         usual = calibrated.point.threshold if calibrated else OPERATING_THRESHOLD
         rows.append(
@@ -290,15 +291,13 @@ def calibrate(
         EdgePruneError: As `evaluate`, or if a step cannot meet the wish.
     """
     with _opened(path) as (run, record):
-        dataset = _val(record) if val is None else load_labels(val, val_images, record.config.class_names)
+        dataset = _scored_on(record, val, val_images)
         device, asked = training_device(record.config.train_device), wish(dataset)
         found = {}
         for iteration in _chosen(run, step):
             folder = run.step(iteration)
-            pruned = load_step(folder)
             with progress(f"iteration {iteration}: detections on {len(dataset)} images") as update:
-                pruned.detector.to(device)
-                detections = detect(_protocol(pruned), pruned.network.to(device), dataset, device, update)
+                detections = _detections(load_step(folder), dataset, device, update)
             try:
                 point = choose_operating_point(dataset, detections, asked)
             except DataError as error:
@@ -307,6 +306,23 @@ def calibrate(
             found[iteration] = Calibration(asked, point, weights_sha256, dataset.sha256)
             found[iteration].write(folder)
         return dataset, found
+
+
+def _scored_on(
+    record: RunRecord, val: Path | None, val_images: Path | None, *, strict: bool = False
+) -> Dataset:
+    """The data that was named, else the run's own validation data."""
+    if val is None:
+        return _val(record, strict=strict)
+    return load_labels(val, val_images, record.config.class_names, strict=strict)
+
+
+def _detections(
+    pruned: PrunedDetector, dataset: Dataset, device: str, update: Progress
+) -> list[ImageDetections]:
+    """What a step finds, with PyTorch on this machine."""
+    pruned.detector.to(device)
+    return detect(_protocol(pruned), pruned.network.to(device), dataset, device, update)
 
 
 @contextmanager

@@ -47,28 +47,16 @@ def measured_table(
         DeviceError: If the device fails.
         BenchmarkError: If the device's kernels cannot be timed one by one.
     """
-    from edgeprune.benchmarks.latency_table import is_typed_half, measure_table
+    from edgeprune.benchmarks.engine_timing import exporter
+    from edgeprune.benchmarks.latency_table import measure_table
     from edgeprune.cli.progress import progress
     from edgeprune.data.assets import cache_folder
-    from edgeprune.export.model import export_onnx
-    from edgeprune.pruning.graph import Network
-
-    def export(network: Network, path: Path) -> None:
-        typed_half = is_typed_half(session.target, precision)
-        export_onnx(
-            detector,
-            network,
-            path,
-            opset=session.target.max_opset,
-            metadata={},
-            precision="fp16" if typed_half else "fp32",
-        )
 
     with progress("Measuring the kernels' latency table") as update:
         return measure_table(
             session,
             groups,
-            export,
+            exporter(detector, session.target, precision),
             detector.preprocessing,
             cache_folder(CACHE),
             input_size=detector.input_size,

@@ -182,10 +182,9 @@ def install(device: RunDevice, detectors: Detectors, options: CameraOptions, nam
     engines = build(device, detectors)
     job |= {"engines": [engine.to_json() for engine in engines.values()], "names": list(engines)}
     service = install_service(session, job, name)
-    query = f"?token={options.token}" if options.token else ""
     say(
         f"{service.unit} runs on {session.transport.name}; its page is port {options.listen_port} there: "
-        f"http://{options.listen_host}:{options.listen_port}/{query}"
+        f"http://{options.listen_host}:{options.listen_port}/{options.query}"
     )
     say(f"There: systemctl --user status {service.unit}; journalctl --user -u {service.unit}")
     if not service.lingers:

@@ -85,11 +85,7 @@ def write_bundle(
     """
     sent_models, sent_images = Files(models), Files(list(images.values()))
     plan = {
-        "protocol": PROTOCOL,
-        "backend": target.backend,
-        "models": sent_models.references,
-        "precision": precision,
-        "options": dict(options or {}),
+        **_to_build(target, sent_models, precision, options),
         "images": sent_images.references,
         "preprocessing": preprocessing.to_json(),
         "thresholds": DEFAULT_THRESHOLDS._asdict(),
@@ -136,15 +132,24 @@ def write_camera_bundle(
     """
     sent = Files(list(models.values()))
     plan = {
-        "protocol": PROTOCOL,
-        "backend": target.backend,
-        "models": sent.references,
-        "precision": precision,
-        "options": dict(options or {}),
+        **_to_build(target, sent, precision, options),
         "camera": {**job, "names": list(models), "power": {"mode": power_mode, "lock_clocks": lock_clocks}},
     }
     content = {"camera.json": json.dumps(plan, indent=1).encode(), "camera.sh": CAMERA_SH.encode()}
     _write_archive(path, CAMERA_FOLDER, content, sent.by_remote)
+
+
+def _to_build(
+    target: Target, models: Files, precision: str, options: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The part of a plan that says what is built, and how (deploy/device/plan.py)."""
+    return {
+        "protocol": PROTOCOL,
+        "backend": target.backend,
+        "models": models.references,
+        "precision": precision,
+        "options": dict(options or {}),
+    }
 
 
 def _write_archive(path: Path, folder: str, content: Mapping[str, bytes], files: Mapping[str, Path]) -> None:

@@ -41,6 +41,11 @@ class CameraOptions:
     max_frames: int | None = None
     max_seconds: float | None = None
 
+    @property
+    def query(self) -> str:
+        """What the page's address ends in."""
+        return f"?token={self.token}" if self.token else ""
+
 
 def watch(
     session: Session,
@@ -162,8 +167,7 @@ def _page(session: Session, options: CameraOptions, port: int) -> Iterator[str]:
     Raises:
         DeviceError: If the device's port cannot be forwarded.
     """
-    query = f"?token={options.token}" if options.token else ""
-    host = options.listen_host
+    host, query = options.listen_host, options.query
     if host not in LOOPBACK + EVERY_ADDRESS:
         yield f"http://{f'[{host}]' if ':' in host else host}:{port}/{query}"
         return

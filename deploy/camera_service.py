@@ -220,10 +220,7 @@ def _start(transport: Transport, unit: str, folder: str) -> None:
     error = json.loads("".join(lines) or "{}").get("error")
     if not error:
         raise _refused(transport, "restart", started)
-    remedy = f": {error['remedy']}" if error["remedy"] else ""
-    raise DeviceError(
-        f"the camera does not start on {transport.name}: {error['message']}{remedy}", error["kind"]
-    )
+    raise DeviceError.of_agent(f"the camera does not start on {transport.name}", error)
 
 
 def _systemctl(transport: Transport, *args: str) -> None:

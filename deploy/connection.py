@@ -116,8 +116,7 @@ def connect(name: str, connection: Connection) -> Session:
 def _need_backend(info: DeviceInfo) -> None:
     error = info.backends.get(info.backend, {}).get("error")
     if error:
-        remedy = f": {error['remedy']}" if error["remedy"] else ""
-        raise DeviceError(f"{info.transport}: {error['message']}{remedy}", error["kind"])
+        raise DeviceError.of_agent(info.transport, error)
 
 
 def doctor(name: str, connection: Connection) -> tuple[Check, ...]:

@@ -266,9 +266,7 @@ class Session:
     def _failure(self, command: str, completed: Completed, end: Mapping[str, Any]) -> DeviceError:
         where = f"{command} on {self._transport.name}"
         if end:
-            error = end["error"]
-            remedy = f": {error['remedy']}" if error["remedy"] else ""
-            return DeviceError(f"{where} failed: {error['message']}{remedy}", error["kind"])
+            return DeviceError.of_agent(f"{where} failed", end["error"])
         if completed.status in KILLED:
             return DeviceError(
                 f"{where} failed: the agent was killed (137), most likely for memory; close other programs "

@@ -198,7 +198,7 @@ class Ledger:
     def __init__(self, groups: Groups, limits: Limits, original: Mapping[str, int]) -> None:
         self.limits = limits
         self.binding: set[str] = set()
-        self.channels = {layer: len(ids) for layer, ids in groups.outputs.items()}
+        self.channels = groups.channel_counts
         self.members: dict[int, dict[str, int]] = {unit: {} for unit in range(1, groups.units + 1)}
         multiple = limits.channel_multiple
         self.floors: dict[str, tuple[int, str]] = {}  # the highest, and the option that sets it

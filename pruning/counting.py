@@ -72,7 +72,7 @@ class Terms:
 
 def parameter_terms(groups: Groups) -> Terms:
     """The number of parameters as a function of the units kept."""
-    build = _TermBuilder(groups)
+    build = TermBuilder(groups)
     for name, parameter in groups.network.named_parameters():
         axes = [axis for axis in range(parameter.dim()) if (name, axis) in groups.axes]
         rest = parameter.numel() / math.prod(parameter.shape[axis] for axis in axes)
@@ -82,16 +82,16 @@ def parameter_terms(groups: Groups) -> Terms:
 
 def mac_terms(groups: Groups) -> Terms:
     """The number of MACs as a function of the units kept."""
-    build = _TermBuilder(groups)
+    build = TermBuilder(groups)
     values = shapes(groups.network)
     for node in groups.network.graph.nodes:
         for product in _products(node, values):
-            axes = [ids for source, dim in product.axes if (ids := _units(groups, source, dim)) is not None]
+            axes = [ids for source, dim in product.axes if (ids := unit_ids(groups, source, dim)) is not None]
             build.add(product.macs / math.prod(len(ids) for ids in axes), axes)
     return build.terms()
 
 
-def _units(groups: Groups, source: fx.Node, dim: int) -> npt.NDArray[np.int64] | None:
+def unit_ids(groups: Groups, source: fx.Node, dim: int) -> npt.NDArray[np.int64] | None:
     """Unit ids along an axis; None if it loses nothing."""
     if source.op == "get_attr":
         return groups.axes.get((str(source.target), dim))
@@ -101,13 +101,13 @@ def _units(groups: Groups, source: fx.Node, dim: int) -> npt.NDArray[np.int64] |
 
 def channel_terms(groups: Groups) -> Terms:
     """The number of channels that layers produce, as a function of the units kept."""
-    build = _TermBuilder(groups)
+    build = TermBuilder(groups)
     for ids in groups.outputs.values():
         build.add(1.0, [ids])
     return build.terms()
 
 
-class _TermBuilder:
+class TermBuilder:
     def __init__(self, groups: Groups) -> None:
         self.known: dict[bytes, int] = {}
         self.sizes: list[int] = []

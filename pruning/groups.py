@@ -54,6 +54,11 @@ class Groups:
         """Unit ids of the channels that a layer produces."""
         return self.outputs[layer]
 
+    @property
+    def channel_counts(self) -> dict[str, int]:
+        """Channels that each layer makes."""
+        return {layer: len(ids) for layer, ids in self.outputs.items()}
+
     def protect(self, patterns: Sequence[str]) -> Groups:
         """The same with every unit kept that a layer matching one of the glob patterns takes part in.
 

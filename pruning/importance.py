@@ -106,10 +106,13 @@ class Scoring:
 
         They come with the readings, and for a criterion that reads nothing from a forward pass of their own.
         """
-        if self.replacement == "zero" or "_read" in self.__dict__:
-            return self._read[1] if "_read" in self.__dict__ else {}
-        images = (images for images, _ in self.batches())
-        return input_statistics(self.groups, lambda: images, self.replacement == "linear")
+        if "_read" in self.__dict__:
+            return self._read[1]
+        if self.replacement == "zero":
+            return {}
+        return input_statistics(
+            self.groups, lambda: (images for images, _ in self.batches()), self.replacement == "linear"
+        )
 
     @cached_property
     def _read(self) -> tuple[tuple[Reading, ...], dict[str, InputStatistics]]:

@@ -27,7 +27,7 @@ from torch import Tensor, fx
 
 from edgeprune.data.errors import EdgePruneError
 from edgeprune.data.files import read_json, write_json
-from edgeprune.pruning.counting import _TermBuilder, _units
+from edgeprune.pruning.counting import TermBuilder, unit_ids
 from edgeprune.pruning.graph import Network, argument, layer_of, operation, shapes
 from edgeprune.pruning.groups import Groups
 
@@ -125,10 +125,10 @@ def layer_uses(network: Network) -> tuple[LayerUse, ...]:
 
 def latency_terms(groups: Groups) -> LatencyTerms:
     """The kernels of a grouped network, with their channel counts as factors."""
-    build = _TermBuilder(groups)
+    build = TermBuilder(groups)
 
     def factor(node: fx.Node, dim: int) -> int | None:
-        ids = _units(groups, node, dim)
+        ids = unit_ids(groups, node, dim)
         return build.factor(ids) if ids is not None and ids.any() else None
 
     found = _found_uses(groups.network)

@@ -105,7 +105,7 @@ class LatencyBudget:
             raise BudgetError(f"the unpruned network takes {record.ms:.4g} ms, no more than {goal_ms:.4g} ms")
         table = replace(self.table, correction=record.correction)
         costs = latency_costs(groups, table)
-        check_in_reach(groups, costs, goal_ms, limits=limits, original=_channels(groups))
+        check_in_reach(groups, costs, goal_ms, limits=limits, original=groups.channel_counts)
         return record
 
     def timed(self, network: Network) -> MeasuredLatency | None:
@@ -133,7 +133,7 @@ def within_cost(candidates: Candidates, *, cost: str, share: float, per: str) ->
             goal=whole * (1 - share) - added,
             per=per,
             limits=candidates.limits,
-            original=_channels(candidates.unpruned),
+            original=candidates.unpruned.channel_counts,
         )
         network = candidates.remove(choice.units)
         left = COSTS[cost](find_groups(network)).total()
@@ -186,7 +186,7 @@ def _selected(candidates: Candidates, table: LatencyTable, goal_ms: float) -> Se
             latency_costs(candidates.groups, table),
             goal_ms,
             limits=candidates.limits,
-            original=_channels(candidates.unpruned),
+            original=candidates.unpruned.channel_counts,
         )
     shared = distributed.from_first(chosen)
     assert shared is not None
@@ -203,7 +203,3 @@ def _record(
 ) -> LatencyRecord:
     corrected = table.corrected(predicted_ms, measured.ms) if measured else table
     return LatencyRecord(asked_ms, predicted_ms, measured, corrected.correction, gap, trials)
-
-
-def _channels(groups: Groups) -> dict[str, int]:
-    return {layer: len(ids) for layer, ids in groups.outputs.items()}

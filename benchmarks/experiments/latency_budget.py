@@ -22,17 +22,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import cv2
 import numpy as np
 
 import edgeprune.data
-from edgeprune.benchmarks.engine_timing import SCOPE, EngineTimer, exporter
-from edgeprune.benchmarks.measure import BenchmarkOptions, measure_interleaved
+from edgeprune.benchmarks.engine_timing import EngineTimer, exporter
+from edgeprune.benchmarks.figures import svg_file
+from edgeprune.benchmarks.measure import BenchmarkOptions, gray_image, measure_interleaved
 from edgeprune.benchmarks.provenance import provenance
+from edgeprune.benchmarks.records import samples_by_block
 from edgeprune.benchmarks.statistics import paired_ratio
 from edgeprune.data.dataset import Dataset, load_dataset
 from edgeprune.data.files import read_json, write_json
 from edgeprune.data.precision import Matches, match_detections
+from edgeprune.deploy.device.bench import ENGINE
 from edgeprune.deploy.session import Session, local_session
 from edgeprune.deploy.targets import load_target
 from edgeprune.detectors.batches import batches
@@ -126,7 +128,7 @@ class Experiment:
             goal=whole * (1 - share),
             per=rival.budget,
             limits=Limits(channel_multiple=rival.multiple),
-            original={layer: len(ids) for layer, ids in groups.outputs.items()},
+            original=groups.channel_counts,
         )
         return timer(remove(groups, choice.units)).ms
 
@@ -156,8 +158,7 @@ class Experiment:
         detector = cast(Detector, steps["unpruned"].detector)
         export = exporter(detector, self.session.target, "fp32")
         with tempfile.TemporaryDirectory() as folder:
-            image = Path(folder) / "gray.png"
-            cv2.imwrite(str(image), np.full((64, 64, 3), 128, np.uint8))
+            image = gray_image(Path(folder))
             engines = []
             for index, step in enumerate(steps.values()):
                 export(step.network, Path(folder) / f"{index}.onnx")
@@ -165,10 +166,7 @@ class Experiment:
             found = measure_interleaved(
                 self.session, engines, [image], detector.preprocessing, BenchmarkOptions()
             )
-        blocks = [
-            {b.index: b.samples_ms[SCOPE] for b in each if found.disturbed or b.invalid is None}
-            for each in found.blocks
-        ]
+        blocks = [samples_by_block(found.counted_blocks(index), ENGINE) for index in range(len(engines))]
         matches = {name: matches_of(step, self.val) for name, step in steps.items()}
         rows = []
         for (name, step), samples in zip(steps.items(), blocks, strict=True):
@@ -232,29 +230,23 @@ def ap50(matches: Matches, times: np.ndarray[Any, np.dtype[np.int64]]) -> float:
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     first, *rows = result["rows"]
-    for name in ("latency", *(rival.name for rival in RIVALS)):
-        own = [first, *(row for row in rows if row["run"].rsplit(" ", 1)[0] == name)]
-        axes.errorbar(
-            [row["p50_ms"] for row in own],
-            [row["ap50"] for row in own],
-            yerr=[
-                [row["ap50"] - row["ap50_low"] for row in own],
-                [row["ap50_high"] - row["ap50"] for row in own],
-            ],
-            marker="o",
-            capsize=2,
-            label=f"by {name}",
-        )
-    axes.set(xlabel="latency p50 ms (engine), this machine's CPU", ylabel="AP50 (95 % bootstrap)")
-    axes.legend()
-    figure.savefig(path)
+    with svg_file(path) as axes:
+        for name in ("latency", *(rival.name for rival in RIVALS)):
+            own = [first, *(row for row in rows if row["run"].rsplit(" ", 1)[0] == name)]
+            axes.errorbar(
+                [row["p50_ms"] for row in own],
+                [row["ap50"] for row in own],
+                yerr=[
+                    [row["ap50"] - row["ap50_low"] for row in own],
+                    [row["ap50_high"] - row["ap50"] for row in own],
+                ],
+                marker="o",
+                capsize=2,
+                label=f"by {name}",
+            )
+        axes.set(xlabel="latency p50 ms (engine), this machine's CPU", ylabel="AP50 (95 % bootstrap)")
+        axes.legend()
 
 
 def main() -> None:
@@ -286,7 +278,7 @@ def main() -> None:
             asked = float(row["run"].split()[1])
             row["realised_over_asked"] = 1 / row["ratio"] / asked
             row["realised_over_predicted"] = row["latency"]["predicted_ms"] / row["latency"]["measured"]["ms"]
-    result = {"origin": origin, "device": "this machine's CPU", "scope": SCOPE, **how, "rows": rows}
+    result = {"origin": origin, "device": "this machine's CPU", "scope": ENGINE, **how, "rows": rows}
     RESULTS.mkdir(exist_ok=True)
     write_json(RESULTS / f"{experiment.name}.json", result)
     plot(result, RESULTS / f"{experiment.name}.svg")

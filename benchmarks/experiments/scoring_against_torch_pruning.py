@@ -69,7 +69,7 @@ def ours(detector: Any, found: Batches, replacement: str) -> dict[str, float]:
         goal=parameter_terms(groups).total() * (1 - SHARE),
         per=PruningOptions().per,
         limits=Limits(),
-        original={layer: len(ids) for layer, ids in groups.outputs.items()},
+        original=groups.channel_counts,
     )
     narrow = remove(groups, choice.units, REPLACEMENTS[replacement](groups, choice.units, scoring.statistics))
     end = time.perf_counter()

@@ -1,16 +1,13 @@
-"""Time the engines of narrowed networks against the unpruned one, for a run whose budget is a latency.
-
-Their weights do not matter, so it is done before any fine-tuning.
-"""
+"""Time the engines of narrowed networks against the unpruned one's."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from edgeprune.benchmarks.latency_table import is_typed_half
 from edgeprune.benchmarks.measure import BenchmarkOptions, gray_image, measure_interleaved
-from edgeprune.benchmarks.records import samples_by_block
+from edgeprune.benchmarks.records import Ratio, samples_by_block
 from edgeprune.benchmarks.statistics import paired_ratio, summarise
 from edgeprune.deploy.device.bench import ENGINE
 from edgeprune.deploy.device.imaging import Preprocessing
@@ -35,8 +32,42 @@ def exporter(detector: Detector, target: Target, precision: str) -> Callable[[Ne
     return export
 
 
+class Timed(NamedTuple):
+    """The latency of one engine, network alone."""
+
+    p50_ms: float
+    to_first: Ratio
+    """To the first of the engines that it was timed with."""
+    disturbed: str | None
+    """What else ran meanwhile."""
+
+
+def time_together(
+    session: Session, engines: Sequence[Engine], preprocessing: Preprocessing, options: BenchmarkOptions
+) -> list[Timed]:
+    """Time engines in interleaved blocks.
+
+    Raises:
+        DeviceError: If the device fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        images = [gray_image(Path(folder))]
+        found = measure_interleaved(session, engines, images, preprocessing, options)
+    blocks = [samples_by_block(found.counted_blocks(index), ENGINE) for index in range(len(engines))]
+    timed = []
+    for samples in blocks:
+        p50_ms = summarise([ms for block in samples.values() for ms in block], ENGINE).p50_ms
+        ratio = paired_ratio(samples, blocks[0])
+        assert ratio is not None  # they were measured in the same rounds
+        timed.append(Timed(p50_ms, ratio, found.disturbed))
+    return timed
+
+
 class EngineTimer:
-    """Called with a network, gives the latency of its engine on the session's device."""
+    """Called with a network, gives the latency of its engine on the session's device.
+
+    For a run whose budget is a latency. The weights do not matter, so it is done before any fine-tuning.
+    """
 
     def __init__(
         self,
@@ -70,13 +101,10 @@ class EngineTimer:
             if self._unpruned_engine is None:
                 self._unpruned_engine = self._built(self.unpruned, folder / "unpruned.onnx")
             engines = [self._unpruned_engine, self._built(network, folder / "narrowed.onnx")]
-            image = gray_image(folder)
-            found = measure_interleaved(self.session, engines, [image], self.preprocessing, self.options)
-        unpruned, narrowed = (samples_by_block(found.counted_blocks(index), ENGINE) for index in range(2))
+            unpruned, narrowed = time_together(self.session, engines, self.preprocessing, self.options)
         if self.unpruned_ms is None:
-            self.unpruned_ms = summarise([ms for block in unpruned.values() for ms in block], ENGINE).p50_ms
-        ratio = paired_ratio(narrowed, unpruned)
-        assert ratio is not None  # they were measured in the same rounds
+            self.unpruned_ms = unpruned.p50_ms
+        ratio = narrowed.to_first
         low, high = (end and end * self.unpruned_ms for end in (ratio.low, ratio.high))
         return MeasuredLatency(ratio.value * self.unpruned_ms, low, high)
 

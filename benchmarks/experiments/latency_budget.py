@@ -25,12 +25,10 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 import edgeprune.data
-from edgeprune.benchmarks.engine_timing import EngineTimer, exporter
+from edgeprune.benchmarks.engine_timing import EngineTimer, exporter, time_together
 from edgeprune.benchmarks.figures import svg_file
-from edgeprune.benchmarks.measure import BenchmarkOptions, gray_image, measure_interleaved
+from edgeprune.benchmarks.measure import BenchmarkOptions
 from edgeprune.benchmarks.provenance import provenance
-from edgeprune.benchmarks.records import samples_by_block
-from edgeprune.benchmarks.statistics import paired_ratio
 from edgeprune.data.dataset import Dataset, load_dataset
 from edgeprune.data.files import read_json, write_json
 from edgeprune.data.precision import Matches, match_detections
@@ -158,27 +156,22 @@ class Experiment:
         detector = cast(Detector, steps["unpruned"].detector)
         export = exporter(detector, self.session.target, "fp32")
         with tempfile.TemporaryDirectory() as folder:
-            image = gray_image(Path(folder))
             engines = []
             for index, step in enumerate(steps.values()):
                 export(step.network, Path(folder) / f"{index}.onnx")
                 engines.append(self.session.build(Path(folder) / f"{index}.onnx"))
-            found = measure_interleaved(
-                self.session, engines, [image], detector.preprocessing, BenchmarkOptions()
-            )
-        blocks = [samples_by_block(found.counted_blocks(index), ENGINE) for index in range(len(engines))]
+            timed = time_together(self.session, engines, detector.preprocessing, BenchmarkOptions())
         matches = {name: matches_of(step, self.val) for name, step in steps.items()}
         rows = []
-        for (name, step), samples in zip(steps.items(), blocks, strict=True):
-            ratio = paired_ratio(samples, blocks[0])
+        for (name, step), found in zip(steps.items(), timed, strict=True):
             record = step.steps[-1]
             rows.append(
                 {
                     "run": name,
-                    "ratio": ratio and ratio.value,
-                    "ratio_low": ratio and ratio.low,
-                    "ratio_high": ratio and ratio.high,
-                    "p50_ms": float(np.median([ms for block in samples.values() for ms in block])),
+                    "ratio": found.to_first.value,
+                    "ratio_low": found.to_first.low,
+                    "ratio_high": found.to_first.high,
+                    "p50_ms": found.p50_ms,
                     "disturbed": found.disturbed,
                     "params": record.params,
                     "macs": record.macs,

@@ -65,12 +65,14 @@ class Stream:
     """
 
     def __init__(self, host: str, port: int, token: Optional[str] = None) -> None:
-        self._news = threading.Condition()
+        # A new frame concerns the encoder alone: viewers that it woke would take the interpreter from detection.
+        lock = threading.Lock()
+        self._new_frame, self._new_picture = threading.Condition(lock), threading.Condition(lock)
         self._closed = False
         self._viewers = 0
         self._frame: Optional[np.ndarray] = None  # not encoded yet
-        self._picture = b""
-        self._pictures = 0  # encoded so far
+        self._part = b""  # the newest picture as every viewer gets it
+        self._parts = 0  # encoded so far
         self._numbers: Dict[str, Any] = {}
         self._server = _listen(host, port, token, self)
         self.port: int = self._server.server_address[1]
@@ -93,17 +95,18 @@ class Stream:
                 the numbers are new, as while no picture is `wanted`.
             numbers: for the page (`page.py`), to be written as JSON; not copied either.
         """
-        with self._news:
+        with self._new_frame:
             self._numbers = numbers
             if frame is not None and self._viewers:
                 self._frame = frame
-                self._news.notify_all()
+                self._new_frame.notify()
 
     def close(self) -> None:
         """Send every viewer away and free the port; no thread is left."""
-        with self._news:
+        with self._new_frame:
             self._closed = True
-            self._news.notify_all()
+            self._new_frame.notify()
+            self._new_picture.notify_all()
         self._server.shutdown()
         self._server.server_close()
         for thread in self._threads:
@@ -119,24 +122,22 @@ class Stream:
         Raises:
             OSError: If the viewer left in the middle of a picture, or takes too long.
         """
-        with self._news:
+        with self._new_picture:
             self._viewers += 1
-            sent = self._pictures
+            sent = self._parts
         try:
-            # The boundary goes out behind each picture, not before the next: browsers show it at once.
             viewer.sendall(BOUNDARY)
             while True:
-                with self._news:
-                    while self._pictures == sent and not self._closed:
-                        if not self._news.wait(LOOK_S) and select.select([viewer], [], [], 0)[0]:
+                with self._new_picture:
+                    while self._parts == sent and not self._closed:
+                        if not self._new_picture.wait(LOOK_S) and select.select([viewer], [], [], 0)[0]:
                             return  # nothing is to be read from a viewer but its end
-                    picture, sent = self._picture, self._pictures
+                    part, sent = self._part, self._parts
                 if self._closed:
                     return
-                head = "\r\nContent-Type: image/jpeg\r\nContent-Length: {}\r\n\r\n".format(len(picture))
-                viewer.sendall(head.encode("ascii") + picture + b"\r\n" + BOUNDARY)
+                viewer.sendall(part)
         finally:
-            with self._news:
+            with self._new_picture:
                 self._viewers -= 1
 
     def full(self) -> bool:
@@ -145,18 +146,20 @@ class Stream:
 
     def _encode(self) -> None:
         while True:
-            with self._news:
+            with self._new_frame:
                 while self._frame is None and not self._closed:
-                    self._news.wait()
+                    self._new_frame.wait()
                 frame, self._frame = self._frame, None
             if self._closed:
                 return
             _, encoded = cv2.imencode(".jpg", frame, (cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY))
-            picture = encoded.tobytes()
-            with self._news:
-                self._picture = picture
-                self._pictures += 1
-                self._news.notify_all()
+            head = "\r\nContent-Type: image/jpeg\r\nContent-Length: {}\r\n\r\n".format(encoded.size)
+            # The boundary goes out behind each picture, not before the next: browsers show it at once.
+            part = head.encode("ascii") + encoded.tobytes() + b"\r\n" + BOUNDARY
+            with self._new_picture:
+                self._part = part
+                self._parts += 1
+                self._new_picture.notify_all()
 
 
 def _listen(host: str, port: int, token: Optional[str], stream: Stream) -> "_Server":

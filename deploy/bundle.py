@@ -50,7 +50,7 @@ class BenchmarkPlan:
     """How the models of a bundle are timed; the fields are those of `Session.benchmark`."""
 
     runs: int = 200
-    min_seconds: float = 0.0
+    min_seconds: float = 30.0
     block_runs: int = 10
     warmup_runs: int = 20
     seed: int = 0
@@ -221,7 +221,7 @@ class ImportedSession(Session):
                 "the results are those of another bundle: run this run's own on the device", "import"
             )
         self._results = results
-        self._asked: list[tuple[str, ...]] = []  # the benchmarks' engines
+        self._asked: list[tuple[list[str], list[str]]] = []  # the benchmarks' engines and scopes
         self._check()
 
     def _check(self) -> None:
@@ -253,7 +253,7 @@ class ImportedSession(Session):
                 if engine["model_sha256"] == job["model"]["sha256"]:
                     return engine
         if command == "bench":
-            return self._bench(tuple(engine["key"] for engine in job["engines"]))
+            return self._bench([engine["key"] for engine in job["engines"]], job["scopes"])
         if command == "profile":
             for engine, profile in zip(engines, self._results["profiles"], strict=True):
                 if engine["key"] == job["engine"]["key"]:
@@ -264,19 +264,19 @@ class ImportedSession(Session):
                     return evaluation
         raise DeviceError(f"the bundle's results do not hold this {command}: write the bundle anew", "import")
 
-    def _bench(self, keys: tuple[str, ...]) -> Any:
-        """All engines together, then each alone; asked once more, the device has no more blocks to give."""
-        together = tuple(engine["key"] for engine in self._results["engines"])
-        known = [(together, self._results["bench"])]
-        known += [((key,), alone) for key, alone in zip(together, self._results["energy"], strict=False)]
-        answers = [bench for engines, bench in known if engines == keys]
-        if not answers:
+    def _bench(self, keys: list[str], scopes: list[str]) -> Any:
+        """All engines together, or one alone end to end; asked once more, the device has no more blocks to give."""
+        every = [engine["key"] for engine in self._results["engines"]]
+        known = [(every, self._results["bench"])]
+        if scopes == [END_TO_END]:
+            known = [([key], alone) for key, alone in zip(every, self._results["energy"], strict=False)]
+        answer = next((bench for engines, bench in known if engines == keys), None)
+        if answer is None:
             raise DeviceError("the bundle's results hold no benchmark of these engines", "import")
-        before = self._asked.count(keys)
-        self._asked.append(keys)
-        if before < len(answers):
-            return answers[before]
-        return {**answers[-1], "blocks": [], "telemetry": {**answers[-1]["telemetry"], "samples": []}}
+        if (keys, scopes) in self._asked:
+            return {**answer, "blocks": [], "telemetry": {**answer["telemetry"], "samples": []}}
+        self._asked.append((keys, scopes))
+        return answer
 
 
 class _NoTransport:
@@ -294,7 +294,7 @@ class _NoTransport:
     def get(self, remote: str, local: Path) -> None:
         raise NotImplementedError
 
-    def forward(self, port: int) -> Any:
+    def forward(self, host: str, port: int) -> Any:
         raise NotImplementedError
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from edgeprune.deploy.session import Files, Session, new_job_folder
 from edgeprune.deploy.transport import Local, Stop
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-EVERY_ADDRESS = ("0.0.0.0", "::")
+EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # each with the loopback address among them
 ANSWER_S = 10.0  # for the page's first byte through a forwarded port
 
 
@@ -41,10 +41,10 @@ class CameraOptions:
     max_frames: int | None = None
     max_seconds: float | None = None
 
-    @property
-    def query(self) -> str:
-        """What the page's address ends in."""
-        return f"?token={self.token}" if self.token else ""
+    def address(self, host: str, port: int) -> str:
+        """The page's, where it is reached at a host and port."""
+        query = f"?token={self.token}" if self.token else ""
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}/{query}"
 
 
 def watch(
@@ -133,10 +133,10 @@ def camera_job(
 
 
 def check_source(session: Session, options: CameraOptions) -> None:
-    """Look whether the source is there, before minutes go into engines.
+    """Look whether the source gives frames, before minutes go into engines.
 
     Raises:
-        DeviceError: If it is not, or something that it needs is missing.
+        DeviceError: If it is not there, or busy or silent, or something that it needs is missing.
     """
     source, files = send_source(session, options.source)
     if not files.references:
@@ -167,23 +167,23 @@ def _page(session: Session, options: CameraOptions, port: int) -> Iterator[str]:
     Raises:
         DeviceError: If the device's port cannot be forwarded.
     """
-    host, query = options.listen_host, options.query
-    if host not in LOOPBACK + EVERY_ADDRESS:
-        yield f"http://{f'[{host}]' if ':' in host else host}:{port}/{query}"
+    host = EVERY_ADDRESS.get(options.listen_host, options.listen_host)
+    if host not in LOOPBACK:
+        yield options.address(host, port)
         return
-    with session.transport.forward(port) as here:
-        if not _answers(here):
+    with session.transport.forward(host, port) as here:
+        if not _answers(*here):
             raise DeviceError(
                 f"{session.transport.name} does not forward ports (AllowTcpForwarding in its sshd_config): the page "
-                f"is at http://127.0.0.1:{port}/{query} on the device itself",
+                f"is at {options.address(host, port)} on the device itself",
                 "forward",
             )
-        yield f"http://127.0.0.1:{here}/{query}"
+        yield options.address(*here)
 
 
-def _answers(port: int) -> bool:
+def _answers(host: str, port: int) -> bool:
     try:
-        with socket.create_connection(("127.0.0.1", port), ANSWER_S) as connection:
+        with socket.create_connection((host, port), ANSWER_S) as connection:
             connection.sendall(b"HEAD / HTTP/1.0\r\n\r\n")
             return bool(connection.recv(1))
     except OSError:

@@ -40,8 +40,8 @@ class Session:
         progress: takes events: {"event": "progress", "stage", "done", "total"}, "build", "waiting".
         lock_wait_s: how long a job may wait for another one on the same device.
         timeout_s: a job that takes longer is ended.
-        power_mode: set for benchmarks and put back afterwards; None: left alone.
-        lock_clocks: whether clocks are held at their highest during benchmarks.
+        power_mode: set for whatever is timed and put back afterwards; None: left alone.
+        lock_clocks: whether clocks are held at their highest meanwhile.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Session:
 
     @property
     def power_mode(self) -> str | None:
-        """Set for benchmarks; None: left as the device has it."""
+        """Set for whatever is timed; None: left as the device has it."""
         mode = self._power["mode"]
         return None if mode is None else str(mode)
 
@@ -200,20 +200,20 @@ class Session:
         job = {
             "engine": engine.to_json(),
             "image": files.references[0],
+            "power": self._power,
             "preprocessing": preprocessing.to_json(),
             "runs": runs,
         }
         found = self._call("profile", job, files)
-        times_ms = {layer: tuple(values) for layer, values in found["times_ms"].items()}
-        return Profile(times_ms, found["described"])
+        return Profile({layer: tuple(values) for layer, values in found["times_ms"].items()})
 
     def time_with_trtexec(self, engine: Engine, *, runs: int = 100) -> Mapping[str, tuple[float, ...]]:
         """Time an engine with TensorRT's own command; milliseconds of each run, by scope."""
-        found = self._call("trtexec", {"engine": engine.to_json(), "runs": runs})
+        found = self._call("trtexec", {"engine": engine.to_json(), "power": self._power, "runs": runs})
         return {scope: tuple(samples) for scope, samples in found["samples_ms"].items()}
 
     def check_source(self, source: str, capture: Mapping[str, int]) -> None:
-        """Look, without opening it, whether the device has a camera's source and what that needs.
+        """Look whether the device has a camera's source and what that needs; a camera has to give a frame.
 
         Args:
             capture: width, height and fps, wanted of a camera.

@@ -96,8 +96,11 @@ class Transport(Protocol):
             DeviceError: If it could not be read there.
         """
 
-    def forward(self, port: int) -> contextlib.AbstractContextManager[int]:
-        """Reach a port of the device's loopback from here: gives the port of this machine's loopback.
+    def forward(self, host: str, port: int) -> contextlib.AbstractContextManager[tuple[str, int]]:
+        """Reach a port of the device from here: gives the host and port that do.
+
+        Args:
+            host: as the device knows it; its loopback's name or an address of it.
 
         Raises:
             DeviceError: If the device does not forward.
@@ -204,8 +207,8 @@ class Local(_Processes):
     def failure(self, completed: Completed) -> DeviceError | None:
         return None
 
-    def forward(self, port: int) -> contextlib.AbstractContextManager[int]:
-        return contextlib.nullcontext(port)
+    def forward(self, host: str, port: int) -> contextlib.AbstractContextManager[tuple[str, int]]:
+        return contextlib.nullcontext((host, port))
 
     def close(self) -> None:
         pass
@@ -276,10 +279,10 @@ class Ssh(_Processes):
         )
 
     @contextlib.contextmanager
-    def forward(self, port: int) -> Iterator[int]:
+    def forward(self, host: str, port: int) -> Iterator[tuple[str, int]]:
         for _ in range(FORWARD_TRIES):
             here = _free_port()
-            forward = ["-L", f"127.0.0.1:{here}:127.0.0.1:{port}", "--", self.name]
+            forward = ["-L", f"127.0.0.1:{here}:[{host}]:{port}", "--", self.name]
             asked = subprocess.run(
                 [*self._ssh, "-O", "forward", *forward], capture_output=True, text=True, check=False
             )
@@ -290,7 +293,7 @@ class Ssh(_Processes):
                 f"a port of {self.name} could not be forwarded: {_last_line(asked.stderr)}", "forward"
             )
         try:
-            yield here
+            yield "127.0.0.1", here
         finally:
             subprocess.run([*self._ssh, "-O", "cancel", *forward], capture_output=True, check=False)
 

@@ -51,9 +51,12 @@ def run_camera(plan_path: str, source: Optional[str]) -> int:
     """
     try:
         plan = read_json(plan_path)
-        job = dict(plan["camera"], engines=_engines(plan))
+        job = dict(plan["camera"])
         if source is not None:
             job["source"] = source
+        # Before the engines, which may take minutes.
+        _job(plan, "source", "source", {"source": job["source"], "capture": job["capture"]})
+        job["engines"] = _engines(plan)
         sys.stderr.write("Ctrl-C ends the camera.\n")
         found = _job(plan, "camera", "camera", job, _CameraReport(job))
     except AgentError as error:
@@ -79,7 +82,8 @@ class _CameraReport:
     def __call__(self, event: Dict[str, Any]) -> None:
         if event["event"] == "listening":
             query = "?token={}".format(self._listen["token"]) if self._listen["token"] else ""
-            place = "http://{}:{}/{}".format(self._listen["host"], event["port"], query)
+            host = self._listen["host"]
+            place = "http://{}:{}/{}".format("[" + host + "]" if ":" in host else host, event["port"], query)
             sys.stderr.write("\nThe camera is at {}\n".format(place))
         elif event["event"] == "camera":
             line = "\r{:.1f} FPS, people {}, {} frames, {} dropped  "
@@ -116,7 +120,13 @@ def _run(plan: Dict[str, Any], plan_sha256: str) -> Dict[str, Any]:
             plan,
             "profile",
             "profile-{}".format(index),
-            dict(shared, engine=engine, image=plan["images"][0], runs=plan["profile_runs"]),
+            dict(
+                shared,
+                engine=engine,
+                image=plan["images"][0],
+                runs=plan["profile_runs"],
+                power=plan["power"],
+            ),
         )
         for index, engine in enumerate(found["engines"])
     ]

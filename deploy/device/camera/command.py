@@ -1,4 +1,7 @@
-"""The agent's command "camera": detect in what a camera sees, live, until somebody stops it."""
+"""The agent's command "camera": detect in what a camera sees, live, until somebody stops it.
+
+Before it, "source" tells whether there is something to see.
+"""
 
 import contextlib
 import os
@@ -12,6 +15,7 @@ from ..engines import load
 from ..errors import AgentError
 from ..evaluate import numbers
 from ..imaging import Preprocessing, Thresholds
+from ..lock import device_lock
 from ..telemetry import Telemetry, board_rails
 from .capture import Capture
 from .outputs import Snapshots, Video, annotate, check_space
@@ -24,6 +28,28 @@ WAIT_S = 0.5  # for a frame, before it is looked whether to stop
 TELL_EVERY_S = 1.0
 
 Report = Callable[[Dict[str, Any]], None]
+
+
+def check_source(job: Dict[str, Any], report: Report) -> Dict[str, Any]:
+    """Look whether a source can be used: the agent's command "source".
+
+    A camera is opened, gives a frame, and is closed again. That needs the device, so that neither a benchmark
+    is disturbed nor the camera of another job found busy; what is plainly wrong is said without waiting for it.
+
+    Job: "source", "capture": as for "camera". Result: "label" (without a password).
+
+    Raises:
+        AgentError: If something is missing, or no frame comes.
+    """
+    source = find_source(job["source"], job["capture"])
+    if source.camera:
+        with device_lock(job.get("lock_wait_s", 0), report):
+            stop = _stop_signals()  # from now on there is a camera to be closed in order
+            with Capture(source, job["capture"]) as capture:
+                while capture.next(WAIT_S) is None:
+                    if stop:
+                        raise AgentError("interrupted", "told to stop before a frame came")
+    return {"label": source.label}
 
 
 def camera(job: Dict[str, Any], report: Report) -> Dict[str, Any]:
@@ -50,9 +76,7 @@ def camera(job: Dict[str, Any], report: Report) -> Dict[str, Any]:
         AgentError: If the source does not open or breaks off, the engine does not load, or the disk is full.
             A video is finished all the same.
     """
-    stop: List[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda received, frame: stop.append(received))
+    stop = _stop_signals()
     if not 1 <= len(job["engines"]) == len(job["names"]) == len(job["thresholds"]) <= 2:
         raise AgentError("job", "a camera runs one engine or two, each with a name and thresholds")
     source = find_source(job["source"], job["capture"])
@@ -68,6 +92,14 @@ def camera(job: Dict[str, Any], report: Report) -> Dict[str, Any]:
         pipeline = Pipeline(stack.enter_context(Capture(source, job["capture"])), detectors)
         ended = _run(job, pipeline, outputs, stack.enter_context(Telemetry(kept=1)), stop)
     return dict(pipeline.summary(), ended=ended, source=source.label, **outputs.files())
+
+
+def _stop_signals() -> List[int]:
+    """The signals to stop that this process was sent: none yet, and none ends it from now on."""
+    received: List[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda caught, frame: received.append(caught))
+    return received
 
 
 def _run(

@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import stat
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional
 from urllib.parse import urlsplit
 
 from .. import system
@@ -36,6 +36,11 @@ class Source(NamedTuple):
         """Frames come at their own pace: the newest counts, and those that nobody took are dropped."""
         return self.kind not in ("video", "images")
 
+    @property
+    def camera(self) -> bool:
+        """It may be busy or silent, which only opening it tells."""
+        return self.kind in ("csi", "usb", "network")
+
 
 def find_source(address: str, settings: Dict[str, Any]) -> Source:
     """Read an address.
@@ -59,14 +64,6 @@ def find_source(address: str, settings: Dict[str, Any]) -> Source:
     if address.startswith("/dev/"):
         return _usb(address)
     return _stored(address)
-
-
-def check_source(job: Dict[str, Any], report: Callable[[Dict[str, Any]], None]) -> Dict[str, Any]:
-    """The agent's command "source": `find_source` of the job's "source" and "capture", as for "camera".
-
-    Result: "label".
-    """
-    return {"label": find_source(job["source"], job["capture"]).label}
 
 
 def _caps(settings: Dict[str, Any]) -> str:

@@ -57,14 +57,29 @@ def read_video(path: Path) -> list[np.ndarray]:
 
 
 class MjpegServer:
-    """A network camera: motion JPEG over HTTP at `fps`, frames as `frames` gives them, until it is closed."""
+    """A network camera: motion JPEG over HTTP at `fps`, frames as `frames` gives them, until it is closed.
+
+    Attributes:
+        opened: how often somebody began to look.
+        viewers: who look now.
+    """
 
     def __init__(self, fps: float, port: int = 0) -> None:
         pictures = [cv2.imencode(".jpg", frame)[1].tobytes() for frame in frames(50)]
         closed = self._closed = threading.Event()
+        self.opened = self.viewers = 0
+        camera = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                camera.opened += 1
+                camera.viewers += 1
+                try:
+                    self._send()
+                finally:
+                    camera.viewers -= 1
+
+            def _send(self) -> None:
                 self.send_response(200)
                 self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
                 self.end_headers()

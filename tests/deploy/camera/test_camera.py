@@ -182,6 +182,7 @@ def test_what_is_saved_comes_here_and_goes_there(run_folder: Path, tmp_path: Pat
         (["--source", "nowhere.avi"], 1, "there is no file or folder nowhere.avi"),
         (["--source", "ftp://x"], 1, "no address of a camera"),
         (["--source", "/dev/video99"], 1, "there is no camera at /dev/video99"),
+        (["--source", "rtsp://me:secret@127.0.0.1:9/x"], 1, "rtsp://127.0.0.1:9/x cannot be reached"),
         (["--jsonl", "/no/such/folder/x.jsonl"], 1, "cannot write"),
     ],
 )
@@ -366,6 +367,51 @@ def test_a_board_that_forwards_no_ports_still_detects(
     assert "The page cannot be seen from here: board does not forward ports" in result.stderr
 
 
+@pytest.mark.parametrize("way", ["local", "over SSH"])
+def test_a_page_on_the_other_loopback_address_is_seen(
+    *,
+    way: str,
+    run_folder: Path,
+    start: Callable[..., Program],
+    network_camera: MjpegServer,
+    server: Sshd,
+    agent_python: Callable[[str], str],
+    temporary: Path,
+    tmp_path: Path,
+) -> None:
+    """What listens on ::1 listens on no other address: the printed one leads there."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"this machine has no ::1: {error}")
+    board = ["--host", "board", "--ssh-config", server.config, "--device-folder", tmp_path / "board"]
+    program = start(
+        *(run_folder, "--source", f"http://127.0.0.1:{network_camera.port}/", "--score-threshold", 0.4),
+        *("--listen", "[::1]:0"),
+        *([*board, "--device-python", agent_python("3.6")] if way == "over SSH" else []),
+    )
+    page = program.wait_for(r"The camera is at (http://\S+/) ")
+    assert page.startswith("http://[::1]:" if way == "local" else "http://127.0.0.1:")
+    assert b"<html" in read(page)
+    wait_for(lambda: numbers(page).get("frames", 0) > 0, "no frame is counted")
+    program.interrupt()
+    assert program.end() == 0, program.said
+
+
+def test_ctrl_c_while_a_camera_is_tried(run_folder: Path, start: Callable[..., Program]) -> None:
+    """A camera that says nothing does not hold the workstation: 130, and no process is left."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        program = start(run_folder, "--source", f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        wait_for(
+            lambda: any(".camera.capture" in command for command in descendants(program.number).values()),
+            "the camera is not opened",
+        )
+        program.interrupt()
+        assert program.end() == 130, program.said
+    assert not any("building the engine" in line for line in program.said)
+    assert not descendants(program.number)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_before_the_first_frame_interrupts(
     number: int, run_folder: Path, start: Callable[..., Program], tmp_path: Path
@@ -484,6 +530,28 @@ def test_a_service_is_installed_and_removed(
     assert not folder.exists()
     removed = edgeprune(run_folder, "--remove-service", "door")
     assert (removed.exit_code, "there is no camera service 'door'" in removed.stderr) == (1, True)
+
+
+def test_by_hand_the_source_is_looked_for_first(run_folder: Path, tmp_path: Path) -> None:
+    """As from the workstation: one line, before the engine is built; the page's address is one for a browser."""
+    archive = tmp_path / "camera.tar.gz"
+    video = write_video(tmp_path / "clip.avi", 2)
+    succeed(
+        *(run_folder, "--bundle", archive, "--source", video, "--score-threshold", 0.4),
+        *("--listen", "[::1]:0"),
+    )
+    with tarfile.open(archive) as content:
+        content.extractall(tmp_path / "unpacked", filter="data")
+    command = ["sh", tmp_path / "unpacked/edgeprune-camera/camera.sh"]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    board = subprocess.run(
+        [*command, "/dev/video98"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert board.returncode == 1
+    assert "Error: source failed: there is no camera at /dev/video98" in board.stderr
+    assert "build" not in board.stderr
+    board = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert re.search(r"The camera is at http://\[::1\]:\d+/\n", board.stderr), board.stderr
 
 
 @pytest.mark.parametrize("ended_by", ["the video", "ctrl-C"])

@@ -4,6 +4,7 @@ import contextlib
 import http.server
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -136,6 +137,22 @@ def test_a_wrong_address_is_told_from_one_that_is_not_there() -> None:
         take(captured)
 
 
+def test_an_address_that_is_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that takes the connection and says nothing is not waited for longer than a camera may need."""
+    from edgeprune.deploy.device.camera import capture as module
+
+    monkeypatch.setattr(module, "OPENING_S", 1.0)
+    monkeypatch.setattr(module, "END_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for scheme in ("rtsp", "http"):
+            address = f"{scheme}://127.0.0.1:{silent.getsockname()[1]}/"
+            start_s = time.monotonic()
+            with capture(address) as captured, pytest.raises(AgentError, match="answers, but gives no video"):
+                take(captured)
+            assert time.monotonic() - start_s < 5
+    assert not captures()
+
+
 def test_a_capture_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A broken installation is not taken for a broken video."""
     (tmp_path / "cv2.py").write_text("raise RuntimeError('libGL is missing')")
@@ -232,6 +249,19 @@ def test_a_camera_that_hangs_is_ended(
             while True:
                 captured.next(0.5)
     assert not captures()
+
+
+def test_a_source_may_take_its_time_to_close(pipe: tuple[Path, threading.Event]) -> None:
+    """One that needs more than two seconds, as Argus may, is closed in order and not killed."""
+    with capture(pipe[0]) as captured:
+        take(captured)
+        assert captured._process
+        process = captured._process._process
+        process.send_signal(signal.SIGSTOP)
+        goes_on = threading.Timer(2.5, process.send_signal, [signal.SIGCONT])
+        goes_on.start()
+    goes_on.join()
+    assert process.returncode == 0
 
 
 def test_a_broken_image_is_named(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from camera_jobs import (
 )
 from small_model import write_model
 
+from edgeprune.deploy.device.agent import PROTOCOL
 from edgeprune.deploy.device.camera import command
 from edgeprune.deploy.device.camera.capture import Frame
 from edgeprune.deploy.device.camera.pipeline import Detected, Found
@@ -339,11 +340,15 @@ def test_a_busy_camera_names_who_has_it(
     ) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        with pytest.raises(DeviceError, match=r"/dev/video0 is busy: .* has it open") as raised:
-            session._call("camera", job)
+        for look in (
+            lambda: session.check_source("/dev/video0", job["capture"]),
+            lambda: session._call("camera", job),
+        ):
+            with pytest.raises(DeviceError, match=r"/dev/video0 is busy: .* has it open") as raised:
+                look()
+            assert raised.value.kind == "busy"
+            assert f"(process {other.pid})" in str(raised.value)
         other.communicate()
-    assert raised.value.kind == "busy"
-    assert f"(process {other.pid})" in str(raised.value)
     with pytest.raises(DeviceError, match="/dev/video0 does not open as a camera"):
         session._call("camera", job)
 
@@ -361,6 +366,38 @@ def test_an_unreachable_camera_does_not_tell_its_password(run: Run, work: Path) 
     assert {path.name for path in holding} <= {"job.json"}
 
 
+# Before there is an engine: can the source be used?
+
+
+def test_a_camera_is_tried_and_free_again(session: Session, work: Path) -> None:
+    """It is opened for a frame and nobody looks any more once that is said; the device is free, too."""
+    server = MjpegServer(fps=30)
+    session.check_source(f"http://127.0.0.1:{server.port}/", DEFAULTS["capture"])
+    assert server.opened
+    wait_for(lambda: not server.viewers, "somebody still looks", 2)
+    assert not descendants(os.getpid())
+    with (work / "device.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    server.close()
+
+
+def test_only_a_camera_waits_for_another_job(work: Path, tmp_path: Path) -> None:
+    """Opening one would disturb that job; what is missing, or needs no opening, is told at once."""
+    session = Session(load_target("host"), Local(work), lock_wait_s=0)
+    session.probe()  # makes the work folder
+    video = write_video(tmp_path / "clip.avi", 3)
+    with (work / "device.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        session.check_source(str(video), DEFAULTS["capture"])
+        for source, said in (
+            ("http://127.0.0.1:9/", "busy with another edgeprune job"),
+            ("/dev/video97", "no camera at /dev/video97"),
+            (str(tmp_path / "none.avi"), "no file or folder"),
+        ):
+            with pytest.raises(DeviceError, match=said):
+                session.check_source(source, DEFAULTS["capture"])
+
+
 # Ends: whatever ends it, nothing is left.
 
 
@@ -372,7 +409,7 @@ class Agent:
         (agent,) = (work / "agent").glob("*.zip")
         folder = work / "jobs" / "camera"
         folder.mkdir(parents=True)
-        (folder / "job.json").write_text(json.dumps({**job, "protocol": 1, "lock_wait_s": 0}))
+        (folder / "job.json").write_text(json.dumps({**job, "protocol": PROTOCOL, "lock_wait_s": 0}))
         self._work = work
         self.result_path = folder / "result.json"
         arguments = ["--attached", "camera", "jobs/camera/job.json", "jobs/camera/result.json"]

@@ -13,8 +13,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
 
-from edgeprune.benchmarks.compare import on_front
 from edgeprune.benchmarks.records import Report
 from edgeprune.benchmarks.summary import Figures
 
@@ -96,62 +96,62 @@ def ap_by_iteration(rows: Sequence[Figures]) -> Drawing | None:
 
 
 def latency_by_iteration(report: Report, rows: Sequence[Figures]) -> Drawing | None:
-    points = _points(rows, "iteration", "latency_engine_p50_ms")
-    if report.device is None or not points:
+    timed = [row for row in rows if row["latency_engine_paired_ms"] is not None]
+    if report.device is None or not timed:
         return None
     with _canvas("latency") as canvas:
-        tails = [p90 - p50 for p50, p90 in _points(rows, "latency_engine_p50_ms", "latency_engine_p90_ms")]
-        x, y = zip(*points, strict=True)
         canvas.axes.errorbar(
-            x,
-            y,
-            yerr=np.array([np.zeros(len(tails)), tails]),
+            [row["iteration"] for row in timed],
+            [row["latency_engine_paired_ms"] for row in timed],
+            yerr=_intervals_ms(timed),
             fmt="o-",
             color=ACCENT,
-            ecolor=MUTED,
-            elinewidth=1,
-            capsize=3,
-            label="engine, p50 up to p90",
+            capsize=4,
+            label="engine",
         )
         end_to_end = _points(rows, "iteration", "latency_end_to_end_p50_ms")
         if end_to_end:
             canvas.axes.plot(*zip(*end_to_end, strict=True), "s--", color=SECOND, label="end to end, p50")
-        canvas.axes.set(xlabel="pruning iteration", ylabel="latency, ms", ylim=(0, None))
+        canvas.axes.set(xlabel="pruning iteration", ylabel="latency, ms")
+        canvas.axes.set_ylim(0, 1.05 * canvas.axes.get_ylim()[1])
         _whole_steps(canvas.axes)
         canvas.axes.legend(loc="lower left")
-        return canvas.drawing("Latency against iteration", report.device.line)
+        return canvas.drawing(
+            "Latency against iteration",
+            "Engine: ratio to the unpruned in interleaved blocks, with its 95 % interval, times the unpruned's p50. "
+            + report.device.line,
+        )
 
 
 def ap_by_latency(rows: Sequence[Figures]) -> Drawing | None:
-    measured = [row for row in rows if on_front(row, rows) is not None]
+    measured = [row for row in rows if row["on_front"] is not None]
     if not measured:
         return None
     with _canvas("pareto") as canvas:
         axes = canvas.axes
-        front = sorted(
-            _points([row for row in measured if on_front(row, rows)], "latency_engine_p50_ms", "device_ap50")
-        )
+        names = ("latency_engine_paired_ms", "device_ap50")
+        front = sorted(_points([row for row in measured if row["on_front"]], *names))
         axes.plot(*zip(*front, strict=True), "o-", color=ACCENT, label="Pareto front", linewidth=1.2)
-        rest = _points(
-            [row for row in measured if not on_front(row, rows)], "latency_engine_p50_ms", "device_ap50"
-        )
+        rest = _points([row for row in measured if not row["on_front"]], *names)
         if rest:
             axes.plot(*zip(*rest, strict=True), "o", color=MUTED, markerfacecolor="none", label="behind it")
         for row in measured:
             axes.annotate(
                 str(row["iteration"]),
-                (row["latency_engine_p50_ms"], row["device_ap50"]),
+                (row[names[0]], row[names[1]]),
                 xytext=(-4, 5),
                 textcoords="offset points",
                 ha="right",
                 color=MUTED,
                 fontsize=9,
             )
-        axes.set(xlabel="engine latency p50, ms", ylabel="AP50 on the device")
+        axes.set(xlabel="engine latency, ms", ylabel="AP50 on the device")
         axes.margins(0.12)
         axes.legend(loc="lower right")
         return canvas.drawing(
-            "AP50 against latency", "Up and to the left is better; the numbers are iterations."
+            "AP50 against latency",
+            "Up and to the left is better; the numbers are iterations. Where no difference to the unpruned was shown, "
+            "an iteration counts as no faster and no slower.",
         )
 
 
@@ -205,23 +205,23 @@ def size_by_iteration(rows: Sequence[Figures]) -> Drawing:
 
 
 def latency_histogram(report: Report) -> Drawing | None:
-    ends = [row for row in (report.rows[0], report.rows[-1]) if row.result and row.result.blocks]
-    if not ends:
+    samples = {
+        row.step.iteration: [ms for block in row.result.counted_blocks for ms in block.samples_ms["engine"]]
+        for row in (report.rows[0], report.rows[-1])
+        if row.result and row.result.blocks
+    }
+    if not samples:
         return None
-    samples = [
-        [ms for block in row.result.counted_blocks for ms in block.samples_ms["engine"]]
-        for row in ends
-        if row.result
-    ]
     with _canvas("histogram") as canvas:
         # A rare pause of the system would squeeze everything else into one bar.
-        low, high = min(map(min, samples)), max(float(np.percentile(ms, 99.5)) for ms in samples)
+        low = min(map(min, samples.values()))
+        high = max(float(np.percentile(ms, 99.5)) for ms in samples.values())
         bins = np.linspace(low, high, 60).tolist()
-        labels = ["unpruned", f"iteration {ends[-1].step.iteration}"]
-        for ms, label, color in zip(samples, labels, (MUTED, ACCENT), strict=False):
+        for iteration, ms in samples.items():
+            label, color = (f"iteration {iteration}", ACCENT) if iteration else ("unpruned", MUTED)
             canvas.axes.hist(np.clip(ms, low, high), bins, color=color, alpha=0.65, label=label)
         canvas.axes.set(xlabel="engine latency, ms", ylabel="runs")
-        canvas.axes.legend(loc="upper center")
+        _legend_above(canvas.axes)
         return canvas.drawing("Every run", "Runs beyond the slowest half percent stand in the last bar.")
 
 
@@ -323,11 +323,15 @@ def telemetry_over_time(report: Report) -> Drawing | None:
 
 
 @contextmanager
-def svg_file(path: Path, height_in: float = _HEIGHT_IN) -> Iterator[Axes]:
-    """A plot in a file of its own, for the result of an experiment; the same numbers give the same file."""
+def svg_file(path: Path, height_in: float = _HEIGHT_IN, columns: int = 1) -> Iterator[Any]:
+    """A plot in a file of its own, for the result of an experiment; the same numbers give the same file.
+
+    Yields its axes; with more than one of `columns`, side by side, their sequence.
+    """
     with mpl.rc_context({"svg.hashsalt": path.stem, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(1.6 * _WIDTH_IN, height_in), layout="constrained", facecolor="white")
-        yield figure.subplots()
+        width_in = (1.6 if columns == 1 else columns) * _WIDTH_IN
+        figure = Figure(figsize=(width_in, height_in), layout="constrained", facecolor="white")
+        yield figure.subplots(1, columns)
         figure.savefig(path, metadata={"Date": None, "Creator": None})
 
 
@@ -385,11 +389,21 @@ def _legend_above(axes: Axes) -> None:
 
 
 def _percent(share: float, _: int) -> str:
-    return f"{share:.0%}"
+    return f"{100 * share:.4g}%"
 
 
 def _points(rows: Sequence[Figures], x: str, y: str) -> list[tuple[float, float]]:
     return [(row[x], row[y]) for row in rows if row[x] is not None and row[y] is not None]
+
+
+def _intervals_ms(rows: Sequence[Figures]) -> NDArray[np.float64]:
+    """(2, rows): how far the interval reaches down and up from the latency; not at all where there is none."""
+    reach: NDArray[np.float64] = np.zeros((2, len(rows)))
+    for index, row in enumerate(rows):
+        ms, low, high = (row[f"latency_engine_paired{end}_ms"] for end in ("", "_low", "_high"))
+        if low is not None and high is not None:
+            reach[:, index] = ms - low, high - ms
+    return np.maximum(reach, 0)  # equal ends differ by rounding
 
 
 def _whole_steps(axes: Axes) -> None:

@@ -18,13 +18,14 @@ def load_report(run_dir: Path) -> Report:
     """
     if not (run_dir / "run.json").is_file():
         raise BenchmarkError(f"{run_dir} is no run folder: it has no run.json. `edgeprune build` makes one")
-    folders = sorted(path.parent for path in run_dir.glob("step-*/detector.json"))
+    folders = [path.parent for path in run_dir.glob("step-*/detector.json")]
     if not folders:
         raise BenchmarkError(f"{run_dir} holds no step yet: run `edgeprune build --resume` on it")
-    rows = tuple(_row(folder) for folder in folders)
+    rows = tuple(sorted(map(_row, folders), key=lambda row: row.step.iteration))
     if len({row.result.device.identity for row in rows if row.result}) > 1:
         raise BenchmarkError(
-            f"{run_dir} was measured on several devices: `edgeprune bench` measures all steps"
+            f"{run_dir} was measured on several devices or in several power modes: "
+            "`edgeprune bench` measures all steps"
         )
     return Report(run_dir.resolve().name, rows, read_json(run_dir / "run.json"))
 

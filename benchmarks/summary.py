@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from edgeprune.benchmarks.ranking import fastest, is_ranked, on_front
 from edgeprune.benchmarks.records import BenchmarkResult, Ratio, Report, ReportRow, samples_by_block
 from edgeprune.benchmarks.statistics import paired_ratio
 from edgeprune.data.precision import QUALITY_FIGURES
 from edgeprune.pruning.records import FineTuneRecord
 
 FLAG_AP_DROP = 0.01  # a lower AP on the device than on the host by more is worth a warning
+NEAR_AP50 = 0.01  # what a step may lose and still stand for the unpruned detector
 
 _TIMES, _MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
 
@@ -19,7 +21,10 @@ Figures = Mapping[str, Any]  # units in the names; None is "not measured"
 def row_figures(report: Report) -> list[Figures]:
     """One flat mapping a row, units in the names, None where something was not measured."""
     first = report.rows[0]
-    return [_figures(row, first) for row in report.rows]
+    # All steps were timed beside each other: without the unpruned one any other tells what drifted.
+    baseline = next((row.result for row in report.rows if row.result), None)
+    rows = [_figures(row, first, baseline) for row in report.rows]
+    return [{**row, "on_front": on_front(row, rows)} for row in rows]
 
 
 def speed_ratio(result: BenchmarkResult, baseline: BenchmarkResult, scope: str) -> Ratio | None:
@@ -28,10 +33,11 @@ def speed_ratio(result: BenchmarkResult, baseline: BenchmarkResult, scope: str) 
     return paired_ratio(own, other)
 
 
-def _figures(row: ReportRow, first: ReportRow) -> Figures:
+def _figures(row: ReportRow, first: ReportRow, baseline: BenchmarkResult | None) -> Figures:
     step, result = row.step, row.result
     energy = result.energy if result else None
-    ratio = speed_ratio(result, first.result, "engine") if result and first.result else None
+    paired = speed_ratio(result, baseline, "engine") if result and baseline else None
+    ratio = paired if first.result else None
     figures: dict[str, Any] = {
         "iteration": step.iteration,
         "criterion": step.criterion,
@@ -65,6 +71,7 @@ def _figures(row: ReportRow, first: ReportRow) -> Figures:
     }
     figures |= step.quality.figures() if step.quality else dict.fromkeys(QUALITY_FIGURES)
     figures |= {
+        **_paired(paired, baseline),
         "latency_engine_ratio": ratio.value if ratio else None,
         "latency_engine_ratio_low": ratio.low if ratio else None,
         "latency_engine_ratio_high": ratio.high if ratio else None,
@@ -76,6 +83,7 @@ def _figures(row: ReportRow, first: ReportRow) -> Figures:
         "model_size_bytes": row.model_size_bytes,
         "model_sha256": result.model_sha256 if result else None,
         "precision": result.precision if result else None,
+        "engine_threads": result.threads if result else None,
         "engine_size_bytes": result.engine_size_bytes if result else None,
         "engine_build_s": result.engine_build_s if result else None,
         "parity_max_box_difference_px": row.parity.max_box_difference_px if row.parity else None,
@@ -87,6 +95,20 @@ def _figures(row: ReportRow, first: ReportRow) -> Figures:
         "joules_per_image_above_idle": energy.joules_per_image_above_idle if energy else None,
     }
     return figures
+
+
+def _paired(ratio: Ratio | None, baseline: BenchmarkResult | None) -> dict[str, float | None]:
+    """Latencies free of drift: a ratio to the baseline times its p50, and what of it ranks the steps."""
+    names = [f"latency_engine_paired{end}_ms" for end in ("", "_low", "_high")] + ["latency_ranked_ms"]
+    engine = baseline.latency("engine") if baseline else None
+    if ratio is None or engine is None:
+        return dict.fromkeys(names)
+    # A step that shows no difference is neither faster nor slower, whatever the noise says.
+    shares = (ratio.value, ratio.low, ratio.high, ratio.value if ratio.shows_difference else 1.0)
+    return {
+        name: None if share is None else share * engine.p50_ms
+        for name, share in zip(names, shares, strict=True)
+    }
 
 
 def _fine_tuning(tuned: FineTuneRecord | None) -> str:
@@ -107,7 +129,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Headline:
-    """How much smaller, how much faster, how much AP lost, on which device, measured how."""
+    """How much smaller, how much faster, how much AP lost, on which device, measured how, and what to ship."""
 
     iteration: int
     smaller: Fact
@@ -115,6 +137,7 @@ class Headline:
     accuracy: Fact
     device: str
     measured: str
+    choice: str | None  # which iteration to ship; None: nothing was measured to choose by
 
     @property
     def facts(self) -> tuple[Fact, Fact, Fact]:
@@ -143,26 +166,48 @@ def headline(report: Report) -> Headline:
         accuracy=_accuracy(first, last),
         device=report.device.line if report.device else "Device: not measured",
         measured=_measured(report.rows[-1].result),
+        choice=_choice(rows),
     )
 
 
+def _choice(rows: list[Figures]) -> str | None:
+    ranked = [row for row in rows if is_ranked(row)]
+    if not ranked:
+        return None
+    front = ", ".join(str(row["iteration"]) for row in ranked if row["on_front"])
+    front = f"Pareto front of AP50 against latency: {front}"
+    unpruned = rows[0]
+    if not is_ranked(unpruned):
+        return f"{front}; the unpruned was not measured"
+    near = fastest(row for row in ranked if row["device_ap50"] >= unpruned["device_ap50"] - NEAR_AP50)
+    within = f"within {NEAR_AP50:g} AP50 of the unpruned"
+    if near["latency_ranked_ms"] >= unpruned["latency_ranked_ms"]:
+        return f"{front}; {within} none is shown to be faster than it"
+    faster = f"{_times_as_fast(near)} as fast ({_interval(near)})"
+    return f"{front}; fastest {within}: iteration {near['iteration']}, {faster}"
+
+
 def _faster(first: Figures, last: Figures) -> Fact:
-    before, after = first["latency_engine_p50_ms"], last["latency_engine_p50_ms"]
-    if before is None or after is None:
+    ratio, low, high = (last[f"latency_engine_ratio{end}"] for end in ("", "_low", "_high"))
+    if ratio is None:
         return Fact("not measured", "latency", "no benchmark of both steps")
+    before, after = first["latency_engine_paired_ms"], last["latency_engine_paired_ms"]
     change = f"engine p50 {before:.2f} → {after:.2f} ms"
     if last["latency_asked_ms"] is not None:
         change += f", {last['latency_asked_ms']:.2f} ms asked"
-    ratio, low, high = (last[f"latency_engine_ratio{end}"] for end in ("", "_low", "_high"))
     if low is None or high is None:
-        return Fact(
-            f"{before / after:.2f}{_TIMES}",
-            "as fast",
-            f"{change}; too few interleaved blocks for an interval",
-        )
-    interval = f"95 % interval {1 / high:.2f} to {1 / low:.2f}"
+        return Fact(_times_as_fast(last), "as fast", f"{change}; too few interleaved blocks for an interval")
     shown = "as fast" if high < 1 or low > 1 else "as fast, no difference shown"
-    return Fact(f"{1 / ratio:.2f}{_TIMES}", shown, f"{change}; {interval}")
+    return Fact(_times_as_fast(last), shown, f"{change}; 95 % interval {_interval(last)}")
+
+
+def _times_as_fast(row: Figures) -> str:
+    return f"{1 / row['latency_engine_ratio']:.2f}{_TIMES}"
+
+
+def _interval(row: Figures) -> str:
+    """Of how many times as fast the row is; only where it has one."""
+    return f"{1 / row['latency_engine_ratio_high']:.2f} to {1 / row['latency_engine_ratio_low']:.2f}"
 
 
 def _accuracy(first: Figures, last: Figures) -> Fact:

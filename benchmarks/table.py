@@ -49,6 +49,10 @@ def _latency(*values_ms: float) -> str:
     return " / ".join(f"{value:.2f}" for value in values_ms)
 
 
+def _yes_no(value: bool) -> str:
+    return "yes" if value else "no"
+
+
 def _ratio(value: float, low: float, high: float) -> str:
     if low == high == 1:
         return "1"
@@ -64,14 +68,11 @@ COLUMNS: tuple[Column, ...] = (
     Column("AP after", ("ap_after",), _ap),
     Column("AP on device", ("device_ap",), _ap),
     Column("AP50 on device", ("device_ap50",), _ap),
-    Column(
-        "latency p50 / p90 / p99 ms (engine)",
-        ("latency_engine_p50_ms", "latency_engine_p90_ms", "latency_engine_p99_ms"),
-        _latency,
-    ),
+    Column("latency ms (engine, free of drift)", ("latency_engine_paired_ms",), _latency),
     Column("latency p50 ms (end to end)", ("latency_end_to_end_p50_ms",), _latency),
     Column("FPS", ("fps",), "{:.1f}".format),
     Column("size MB", ("model_size_bytes",), _megabytes),
+    Column("Pareto front", ("on_front",), _yes_no),
 )
 
 
@@ -129,10 +130,16 @@ DEVICE_COLUMNS: tuple[Column, ...] = (
         ("latency_engine_ratio", "latency_engine_ratio_low", "latency_engine_ratio_high"),
         _ratio,
     ),
+    Column(
+        "latency p50 / p90 / p99 ms (engine, all runs)",
+        ("latency_engine_p50_ms", "latency_engine_p90_ms", "latency_engine_p99_ms"),
+        _latency,
+    ),
     Column("speed-up over MAC reduction", ("realised_speedup",), "{:.2f}".format),
     Column("latency p50 ms (engine with copies)", ("latency_engine_with_copies_p50_ms",), _latency),
     Column("images/s (copies overlapped)", ("throughput_images_per_s",), "{:.1f}".format),
-    Column("W (idle)", ("watts", "idle_watts"), "{:.2f} ({:.2f})".format),
+    Column("W", ("watts",), "{:.2f}".format),
+    Column("W idle", ("idle_watts",), "{:.2f}".format),
     Column("J an image", ("joules_per_image",), "{:.3f}".format),
     Column("J an image above idle", ("joules_per_image_above_idle",), "{:.3f}".format),
     Column("engine MB", ("engine_size_bytes",), _megabytes),

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,6 +11,7 @@ from edgeprune.cli import Json, Verbose, app
 
 if TYPE_CHECKING:
     from edgeprune.benchmarks.records import Report
+    from edgeprune.benchmarks.summary import Figures
 
 Pick = Annotated[
     str | None,
@@ -41,20 +43,22 @@ def _compare(
         raise typer.BadParameter("choose one of --csv, --markdown and --json")
     rows = compare.compare([_report(run) for run in runs])
     picked = compare.pick(rows, compare.parse_conditions(pick)) if pick else None
+    reservations = compare.reservations(rows)
+    told = reservations + _choice(pick, picked)
     if json:
-        print_json({"schema_version": 1, "rows": rows, "pick": picked})
+        print_json({"schema_version": 1, "rows": rows, "pick": picked, "reservations": reservations})
     elif csv:
-        typer.echo(render_csv([picked] if picked else rows), nl=False)
+        marked = [{**row, "picked": row is picked} for row in rows] if picked else rows
+        typer.echo(render_csv(marked), nl=False)
     elif markdown:
         typer.echo(render_markdown(rows, compare.COMPARE_COLUMNS), nl=False)
+        for line in told:
+            typer.echo(f"\n{line}")
     else:
-        console().print(
-            render_table(rows, caption="latency of each run's own device", columns=compare.COMPARE_COLUMNS)
-        )
-        if picked:
-            step = picked["iteration"]
-            typer.echo(f"{pick}: iteration {step} of {picked['run']}")
-            typer.echo(f"edgeprune ship {picked['run']} --step {step} --out FOLDER copies it")
+        caption = "latency: the p50 of the run's unpruned, times the ratio to it in interleaved blocks"
+        console().print(render_table(rows, caption, compare.COMPARE_COLUMNS))
+        for line in told:
+            typer.echo(line)
 
 
 @app.command("ship")
@@ -85,6 +89,16 @@ def _ship(
         typer.echo(f"iteration {step}:")
         for file in files:
             typer.echo(str(file))
+
+
+def _choice(pick: str | None, picked: "Figures | None") -> list[str]:
+    if picked is None:
+        return []
+    run, step = picked["run"], picked["iteration"]
+    return [
+        f"{pick}: iteration {step} of {run}",
+        f"edgeprune ship {quote(run)} --step {step} --out FOLDER copies it",
+    ]
 
 
 def _report(run: Path) -> "Report":

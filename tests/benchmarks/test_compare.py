@@ -1,26 +1,24 @@
-"""Comparison, Pareto front, picking and shipping of runs whose figures are known."""
+"""Comparison, picking and shipping of runs whose figures are known."""
 
 import csv
 import hashlib
 import io
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks_example import report, result
-from hypothesis import given
-from hypothesis import strategies as st
+from benchmarks_example import HOST, report, result
 from run_folder import write_run
 from typer.testing import CliRunner
 
-from edgeprune.benchmarks.compare import COMPARE_COLUMNS, compare, on_front, parse_conditions, pick
+from edgeprune.benchmarks.compare import COMPARE_COLUMNS, compare, parse_conditions, pick, reservations
 from edgeprune.benchmarks.errors import BenchmarkError
-from edgeprune.benchmarks.records import Device
+from edgeprune.benchmarks.records import BenchmarkResult, Block, Device, Report
 from edgeprune.benchmarks.ship import CARD, ship
+from edgeprune.benchmarks.statistics import summarise
 from edgeprune.benchmarks.table import render_markdown
 from edgeprune.cli import app
 from edgeprune.data.errors import DataError
@@ -28,41 +26,6 @@ from edgeprune.data.operating_point import Calibration, OperatingPoint, Wish
 from edgeprune.data.precision import Interval
 
 JETSON = Device("jetson-nano", "tensorrt", "NVIDIA Jetson Nano Developer Kit")
-
-
-def row(latency_ms: float | None, ap50: float | None, params: int = 1) -> dict[str, Any]:
-    figures = {"target": "host", "backend": "onnxruntime", "board": "x86", "params": params}
-    return figures | {"latency_engine_p50_ms": latency_ms, "device_ap50": ap50}
-
-
-def front(points: Sequence[tuple[float, float]]) -> list[bool | None]:
-    rows = [row(latency, ap50) for latency, ap50 in points]
-    return [on_front(one, rows) for one in rows]
-
-
-def test_the_front_by_hand() -> None:
-    """Off the front: slower and less accurate, or equal in one and worse in the other; equals share it."""
-    assert front([(10, 0.6), (8, 0.5), (9, 0.45), (10, 0.55), (12, 0.6), (8, 0.5)]) == [
-        True,
-        True,
-        False,
-        False,
-        False,
-        True,
-    ]
-    assert on_front(row(None, 0.6), [row(1, 1)]) is None
-
-
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=20))
-def test_the_front_bounds_all(points: list[tuple[int, int]]) -> None:
-    """What is off the front is beaten by one on it; along the front AP50 rises with latency."""
-    marks = front(points)
-    on = {point for point, mark in zip(points, marks, strict=True) if mark}
-    for point, mark in zip(points, marks, strict=True):
-        if not mark:
-            assert any(x <= point[0] and y >= point[1] and (x, y) != point for x, y in on)
-    aps = [ap50 for _, ap50 in sorted(on)]
-    assert aps == sorted(set(aps))
 
 
 def test_runs_side_by_side() -> None:
@@ -84,6 +47,90 @@ def test_runs_side_by_side() -> None:
     assert "jetson-nano (tensorrt)" in text and "host (onnxruntime)" in text
     with pytest.raises(BenchmarkError, match="several devices"):
         pick(rows, parse_conditions("ap50>=0.1"))
+
+
+def run_of(
+    name: str, latencies_ms: list[float], ap50s: list[float], val: str = "v", **changes: Any
+) -> Report:
+    """A run whose every step takes the same time in each block; the unpruned engine is the same in all runs."""
+    results = [steady(i, *figures) for i, figures in enumerate(zip(latencies_ms, ap50s, strict=True))]
+    found = report(len(results), [replace(each, **changes) for each in results], {"hashes": {"val": val}})
+    return replace(found, name=name)
+
+
+def steady(iteration: int, latency_ms: float, ap50: float) -> BenchmarkResult:
+    samples = {"engine": (latency_ms,) * 4, "end_to_end": (latency_ms + 2,) * 4}
+    return replace(
+        result(iteration),
+        ap50=ap50,
+        latencies=tuple(summarise(ms * 10, scope) for scope, ms in samples.items()),
+        blocks=tuple(Block(k, k, k + 0.5, samples) for k in range(10)),
+    )
+
+
+def test_runs_of_another_hour_are_ranked_by_the_ratio() -> None:
+    """9.5 of 10 ms is slower than 10 of 12 ms where both runs timed the same unpruned engine, and that is said."""
+    rows = compare([run_of("day", [10.0, 9.5], [0.6, 0.55]), run_of("night", [12.0, 10.0], [0.6, 0.55])])
+    assert [row["on_front"] for row in rows] == [True, False, True, True]
+    picked = pick(rows, parse_conditions("ap50>=0.5"))
+    assert (picked["run"], picked["iteration"], picked["latency_engine_paired_ms"]) == ("night", 1, 10.0)
+    assert reservations(rows) == [
+        "Timed apart: day, night. Their one unpruned engine took 10.00, 12.00 ms; they are ranked by the ratio to it."
+    ]
+
+
+def test_runs_with_nothing_in_common_are_said_to_be_timed_apart() -> None:
+    """Without one unpruned engine the milliseconds decide, and the reader is told how far to trust them."""
+    other = run_of("fp16", [12.0, 10.0], [0.6, 0.55], precision="fp16")
+    rows = compare([run_of("fp32", [10.0, 9.5], [0.6, 0.55]), other])
+    assert pick(rows, parse_conditions("ap50>=0.5"))["run"] == "fp32"
+    (told,) = reservations(rows)
+    assert told.startswith("Timed apart, with no unpruned engine in common: fp32, fp16.")
+    assert reservations(compare([other])) == []
+
+
+def test_other_conditions_do_not_compare() -> None:
+    """Another power mode, clocks held or free, other validation images: a front of its own, and no pick."""
+    plain = run_of("plain", [10.0, 9.0], [0.6, 0.55])
+    slow_clock = replace(HOST, details={**HOST.details, "power_mode": "5W"})
+    for other, reason in (
+        (run_of("other", [8.0, 7.0], [0.7, 0.65], val="w"), "several validation sets"),
+        (run_of("other", [8.0, 7.0], [0.7, 0.65], device=slow_clock), "several power modes"),
+    ):
+        rows = compare([plain, other])
+        assert [row["on_front"] for row in rows] == [True] * 4
+        assert reservations(rows)[0].endswith("each has a Pareto front of its own.")
+        with pytest.raises(BenchmarkError, match=reason):
+            pick(rows, parse_conditions("ap50>=0.1"))
+    held = replace(HOST, details={**slow_clock.details, "clocks_locked": True})
+    rows = compare(
+        [run_of(name, [9.0], [0.6], device=device) for name, device in (("a", slow_clock), ("b", held))]
+    )
+    assert [row["device"] for row in rows] == [
+        "host (onnxruntime), 5W",
+        "host (onnxruntime), 5W, clocks locked",
+    ]
+    with pytest.raises(BenchmarkError, match="several power modes"):
+        pick(rows, parse_conditions("ap50>=0.1"))
+
+
+def test_a_disturbed_run_is_named() -> None:
+    """A run that was measured under a disturbance is named with it, once."""
+    hot = run_of("hot", [10.0, 9.0], [0.6, 0.55], disturbed="gpu reached 99 °C")
+    assert reservations(compare([hot])) == ["hot was measured under a disturbance: gpu reached 99 °C."]
+
+
+def test_noise_is_no_speed_up() -> None:
+    """A step whose interval holds 1 is not picked as the fastest, however low its p50, nor put on the front."""
+    unpruned, noisy = steady(0, 10.0, 0.6), steady(1, 9.0, 0.59)
+    blocks = tuple(
+        replace(block, samples_ms={"engine": (9.0 if block.index % 3 else 11.5,) * 4})
+        for block in noisy.blocks
+    )
+    rows = compare([report(2, [unpruned, replace(noisy, blocks=blocks)])])
+    assert rows[1]["latency_engine_ratio"] < 1 < rows[1]["latency_engine_ratio_high"]
+    assert [row["on_front"] for row in rows] == [True, False]
+    assert pick(rows, parse_conditions("ap50>=0.5"))["iteration"] == 0
 
 
 @pytest.mark.parametrize(
@@ -108,8 +155,16 @@ def test_no_step_says_how_near() -> None:
         pick(compare([report()]), parse_conditions("ap50>=0.7"))
     with pytest.raises(BenchmarkError, match="joules_per_image was not measured"):
         pick(compare([report()]), parse_conditions("joules_per_image<=100"))
-    with pytest.raises(BenchmarkError, match="latency_ms was not measured"):
-        pick(compare([report(2, [None, None])]), parse_conditions("latency_ms<=100"))
+
+
+def test_an_unmeasured_step_is_no_candidate() -> None:
+    """Without a benchmark the error says how to get one; an unmeasured step's figures are not what is reached."""
+    with pytest.raises(BenchmarkError, match="no step was measured: run `edgeprune bench`"):
+        pick(compare([report(2, [None, None])]), parse_conditions("params<=920000"))
+    half = compare([report(3, [result(0), result(1), None])])
+    message = "no measured step has params<=900000: params reaches 9.12e+05; not measured: 1"
+    with pytest.raises(BenchmarkError, match=re.escape(message)):
+        pick(half, parse_conditions("params<=900000"))
 
 
 @pytest.mark.parametrize("text", ["", "ap50", "ap50=0.5", "ap50>=", "ap50>=1.2.3", "ap50>=0.5;", "speed>=1"])
@@ -208,12 +263,36 @@ def test_commands(run: Path, tmp_path: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(invoke("compare", str(run), "--csv").stdout)))
     assert [int(row["params"]) for row in rows] == [row["params"] for row in content["rows"]]
     assert invoke("compare", str(run), "--markdown").stdout.count("\n") == 5
+    assert "picked" not in rows[0]
     assert invoke("compare", str(run), "--csv", "--json").exit_code == 2
     shipped = invoke("ship", str(run), "--pick", "ap50>=0.596", "--out", str(tmp_path / "out"), "--json")
     assert shipped.exit_code == 0
     assert json.loads(shipped.stdout)["iteration"] == 1
     assert (tmp_path / "out" / "weights.safetensors").read_bytes() == b"weights 1"
     assert invoke("ship", str(run), "--out", str(tmp_path / "x")).exit_code == 2
+
+
+def test_the_pick_is_in_every_form(run: Path) -> None:
+    """Markdown names the picked step below its table; CSV keeps every row and marks the one."""
+    markdown = invoke("compare", str(run), "--pick", "ap50>=0.596", "--markdown").stdout.splitlines()
+    assert [line.startswith("|") for line in markdown[:6]] == [True] * 5 + [False]
+    assert f"ap50>=0.596: iteration 1 of {run}" in markdown
+    rows = list(
+        csv.DictReader(io.StringIO(invoke("compare", str(run), "--pick", "ap50>=0.596", "--csv").stdout))
+    )
+    assert [(row["iteration"], row["picked"]) for row in rows] == [
+        ("0", "False"),
+        ("1", "True"),
+        ("2", "False"),
+    ]
+
+
+def test_what_to_mind_is_in_every_form(run: Path, tmp_path: Path) -> None:
+    """Two runs timed apart are said to be so below the table, in Markdown and in JSON."""
+    both = ["compare", str(run), str(write_run(tmp_path / "again"))]
+    (told,) = json.loads(invoke(*both, "--json").stdout)["reservations"]
+    assert told.startswith("Timed apart: ")
+    assert told in invoke(*both).stdout and told in invoke(*both, "--markdown").stdout
 
 
 def test_commands_fail_in_one_line(run: Path, tmp_path: Path) -> None:

@@ -34,6 +34,26 @@ def test_a_run_folder_reads_back(run: Path) -> None:
     assert found.provenance == {"config": {"target": "host"}}
 
 
+def test_steps_come_in_the_order_of_their_numbers(run: Path) -> None:
+    """Step 100 comes after step 11, not before it."""
+    for iteration in (100, 11):
+        write(
+            run / f"step-{iteration}" / "detector.json",
+            {"steps": [replace(step(0), iteration=iteration).to_json()]},
+        )
+    assert [row.step.iteration for row in load_report(run).rows] == [0, 1, 2, 11, 100]
+
+
+def test_two_power_modes_are_no_comparison(run: Path) -> None:
+    """Steps measured on one board in two power modes are refused like those of two boards."""
+    path = run / "step-01" / "benchmark.json"
+    measured = BenchmarkResult.from_json(json.loads(path.read_text()))
+    device = replace(measured.device, details={**measured.device.details, "power_mode": "5W"})
+    write(path, replace(measured, device=device).to_json())
+    with pytest.raises(BenchmarkError, match="power modes"):
+        load_report(run)
+
+
 def test_what_is_not_done_is_not_measured(run: Path) -> None:
     """A step that is not exported or not measured has its pruning statistics alone."""
     (run / "step-01" / "benchmark.json").unlink()

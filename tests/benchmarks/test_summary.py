@@ -55,6 +55,62 @@ def test_headline_by_hand() -> None:
     )
 
 
+def test_the_headline_does_not_contradict_itself() -> None:
+    """Where most runs of a step fell into the device's fast minutes, its own p50 would say that it is faster.
+
+    Beside the unpruned it took 1.05 times as long in ten of eleven blocks, and 10.5 / 15 in the one between.
+    """
+
+    def blocks(latencies_ms: list[float]) -> BenchmarkResult:
+        samples = [{"engine": (ms,) * 4, "end_to_end": (ms + 2,) * 4} for ms in latencies_ms]
+        return replace(
+            steady(0, 1.0),
+            latencies=(summarise([ms for each in samples for ms in each["engine"]], "engine"),),
+            blocks=tuple(Block(k, k, k + 0.5, each) for k, each in enumerate(samples)),
+        )
+
+    unpruned, last = blocks([10.0] * 5 + [15.0] * 6), blocks([10.5] * 6 + [15.75] * 5)
+    ratio = (1.05**10 * 10.5 / 15) ** (1 / 11)
+    assert last.latencies[0].p50_ms < unpruned.latencies[0].p50_ms and ratio > 1
+    faster = headline(report(2, [unpruned, last])).faster
+    assert faster.value == f"{1 / ratio:.2f}\N{MULTIPLICATION SIGN}" and faster.what.endswith(
+        "no difference shown"
+    )
+    assert faster.detail.startswith(f"engine p50 15.00 → {15 * ratio:.2f} ms")
+
+
+@pytest.mark.parametrize(
+    ("latencies_ms", "choice"),
+    [
+        # AP50 is 0.600 - 0.003 an iteration: the first four are within 0.01 of the unpruned.
+        (
+            [12.0, 11.0, 10.0, 10.5, 8.0],
+            "0, 1, 2, 4; fastest within 0.01 AP50 of the unpruned: iteration 2, 1.20",
+        ),
+        (
+            [12.0, 12.0, 13.0, 12.5, 8.0],
+            "0, 4; within 0.01 AP50 of the unpruned none is shown to be faster than it",
+        ),
+    ],
+)
+def test_the_choice_by_hand(latencies_ms: list[float], choice: str) -> None:
+    """Which iteration to ship is answered: the front, and the fastest that keeps the unpruned's accuracy."""
+    found = headline(report(5, [steady(i, ms) for i, ms in enumerate(latencies_ms)])).choice
+    assert found is not None and found.startswith(f"Pareto front of AP50 against latency: {choice}")
+
+
+def test_the_choice_without_an_unpruned() -> None:
+    """Steps are compared with each other where the unpruned was not measured; where none was, nothing is said."""
+    rows = report(3, [None, steady(1, 10.0), steady(2, 8.0)])
+    assert headline(rows).choice == (
+        "Pareto front of AP50 against latency: 1, 2; the unpruned was not measured"
+    )
+    figures = row_figures(rows)
+    assert [row["latency_engine_paired_ms"] for row in figures] == [None, 10.0, pytest.approx(8.0)]
+    assert [row["latency_engine_ratio"] for row in figures] == [None] * 3
+    assert headline(report(3, [None] * 3)).choice is None
+
+
 def test_no_difference_is_said() -> None:
     """When the interval of the ratio holds 1, the headline says that no difference was shown."""
     same = replace(result(0), model_sha256="other")

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from edgeprune.benchmarks.records import (
     counted,
 )
 from edgeprune.benchmarks.statistics import MIN_BLOCKS, summarise
-from edgeprune.benchmarks.validity import disturbances
+from edgeprune.benchmarks.validity import LOAD_WINDOW_S, disturbances
 from edgeprune.data.dataset import Dataset
 from edgeprune.data.precision import ImageDetections, average_precision
 from edgeprune.deploy.device.bench import END_TO_END
@@ -38,10 +38,10 @@ ENERGY_S = 5.0  # how long the device is idle, then each engine runs alone, wher
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """How long is measured. The defaults give 20 rounds, enough for narrow intervals."""
+    """How long is measured. The defaults give at least 20 rounds, enough for narrow intervals."""
 
     runs: int = 200  # at least, per step and scope
-    min_seconds: float = 0.0  # at least, over all steps
+    min_seconds: float = 30.0  # at least, over all steps: another load shows in 15 s, and heat takes its time
     block_runs: int = 10  # of one step before the next one's turn
     warmup_runs: int = 20  # at least; more until the latency is stable
     images: int = 16  # that end-to-end runs take in turn
@@ -70,9 +70,10 @@ def benchmark_engines(
     Raises:
         DeviceError: If the device fails.
     """
-    device = Device.of(session.probe())
     images = list(islice(files.values(), options.images))
     measured = measure_interleaved(session, engines, images, preprocessing, options)
+    # The probe finds the device idle, as its owner left it; power mode and clocks were set for the benchmark.
+    device = Device.of(replace(session.probe(), **measured.telemetry["before"]))
     with_energy = tells_power(measured.telemetry)
     results = []
     for index, engine in enumerate(engines):
@@ -113,6 +114,7 @@ def benchmark_engines(
                 telemetry=measured.telemetry,
                 warmup_runs=measured.warmup_runs[index],
                 timer_overhead_ms=measured.timer_overhead_ms,
+                threads=engine.threads,
             )
         )
     return results
@@ -148,6 +150,7 @@ def measure_interleaved(
     """
     wanted = -(-options.runs // options.block_runs)
     blocks: list[list[Block]] = [[] for _ in engines]
+    before: Mapping[str, Any] = {}
     samples: list[Mapping[str, Any]] = []
     reasons: dict[int, str] = {}
     next_round = 0
@@ -158,38 +161,52 @@ def measure_interleaved(
             images,
             preprocessing,
             runs=missing * options.block_runs,
-            min_seconds=options.min_seconds if attempt == 0 else 0,
+            min_seconds=options.min_seconds if attempt == 0 else min(options.min_seconds, LOAD_WINDOW_S),
             block_runs=options.block_runs,
             warmup_runs=options.warmup_runs,
             seed=options.seed + attempt,
         )
-        rounds, found = disturbed_rounds(latencies, engines)
+        before = before or latencies.telemetry["before"]
+        rounds, found = disturbed_rounds(latencies, engines, before)
         for index in range(len(engines)):
             blocks[index] += _blocks(latencies, index, next_round, found)
         samples += latencies.telemetry["samples"]
         reasons |= {next_round + number: reason for number, reason in found.items()}
         next_round += rounds
-        if not found or len(found) == rounds:
+        if not found or len(found) == rounds or next_round - len(reasons) >= wanted:
             break
         log.info("%d of %d rounds were disturbed: %s", len(found), rounds, next(iter(found.values())))
     enough = next_round - len(reasons) >= min(MIN_BLOCKS, wanted)
     return Interleaved(
         blocks=blocks,
         disturbed=None if enough else next(iter(reasons.values())),
-        telemetry={**latencies.telemetry, "samples": samples},
+        telemetry={**latencies.telemetry, "before": before, "samples": samples},
         warmup_runs=latencies.warmup_runs,
         timer_overhead_ms=latencies.timer_overhead_ms,
     )
 
 
-def disturbed_rounds(latencies: Latencies, engines: Sequence[Engine]) -> tuple[int, dict[int, str]]:
-    """How many rounds were measured, and what disturbed which of them."""
+def disturbed_rounds(
+    latencies: Latencies, engines: Sequence[Engine], before: Mapping[str, Any] | None = None
+) -> tuple[int, dict[int, str]]:
+    """How many rounds were measured, and what disturbed which of them.
+
+    Args:
+        before: the device's state before earlier attempts, which has to be that after this one.
+    """
     spans: dict[int, tuple[float, float]] = {}
     for block in latencies.blocks:
         start_s, end_s = spans.get(block.round, (block.start_s, block.end_s))
         spans[block.round] = (min(start_s, block.start_s), max(end_s, block.end_s))
-    own_threads = max(int(engine.options.get("threads", 1)) for engine in engines)
-    return len(spans), disturbances(spans, latencies.telemetry, own_threads)
+    reasons: dict[int, str] = {}
+    if False in latencies.warmup_stable:
+        engine = latencies.warmup_stable.index(False)
+        runs = latencies.warmup_runs[engine]
+        reasons = dict.fromkeys(spans, f"engine {engine} had no stable latency within {runs} warm-up runs")
+    telemetry = {**latencies.telemetry, "before": before or latencies.telemetry["before"]}
+    own_threads = max(each.threads or 1 for each in engines)
+    on_gpu = engines[0].backend == "tensorrt"
+    return len(spans), reasons | disturbances(spans, telemetry, own_threads, on_gpu)
 
 
 def gray_image(folder: Path) -> Path:

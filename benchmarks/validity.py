@@ -1,7 +1,7 @@
 """Which rounds of a benchmark were disturbed: throttling, heat, another power mode, another load."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,14 @@ CLOCK_SHARE = (
 OTHER_LOAD = 0.8  # runnable threads besides the benchmark's own, on average
 LOAD_WINDOW_S = 15.0  # the kernel looks once in 5 s: three looks
 LOAD_DECAY_S = 60.0  # of the load average over one minute
+BUSY_PERCENT = 90.0  # of a GPU: with less to do, its governor lowers the clock by itself
 
 
 def disturbances(
-    rounds: Mapping[int, tuple[float, float]], telemetry: Mapping[str, Any], own_threads: int
+    rounds: Mapping[int, tuple[float, float]],
+    telemetry: Mapping[str, Any],
+    own_threads: int,
+    on_gpu: bool,
 ) -> dict[int, str]:
     """Find what disturbed each round.
 
@@ -25,26 +29,47 @@ def disturbances(
         rounds: index -> start and end, seconds on the telemetry's clock.
         telemetry: as `deploy.records.Latencies` has it; what the device does not tell cannot disturb.
         own_threads: that the benchmark itself keeps busy.
+        on_gpu: whether the engines run on the GPU, else on the CPU: its clock is the one that counts.
 
     Returns:
         Index -> what happened, for the disturbed rounds alone.
     """
     before, after = telemetry["before"].get("power_mode"), telemetry["after"].get("power_mode")
+    if not rounds:
+        return {}
     if before != after:
         return dict.fromkeys(rounds, f"the power mode changed from {before} to {after}")
     samples = telemetry["samples"]
-    clocks = [max(sample["gpu_mhz"]) for sample in samples if sample.get("gpu_mhz")]
-    usual_mhz = float(np.median(clocks)) if clocks else None
+    clocks = _clocks(telemetry, rounds.values(), on_gpu)
     found = {}
     for index, (start_s, end_s) in rounds.items():
         inside = _around(samples, start_s, end_s)
         reason = (
             _heat(inside)
-            or _throttling(inside, usual_mhz)
+            or _throttling(clocks, start_s, end_s, "GPU" if on_gpu else "CPU")
             or _other_load(samples, start_s, end_s, own_threads)
         )
         if reason:
             found[index] = reason
+    return found
+
+
+def _clocks(
+    telemetry: Mapping[str, Any], rounds: Collection[tuple[float, float]], on_gpu: bool
+) -> Sequence[Mapping[str, Any]]:
+    """Clocks in MHz during the rounds; 0 where a low one would say nothing.
+
+    A benchmark keeps a core of the CPU busy from beginning to end, and a governor gives a busy core its highest
+    clock. A GPU waits for the CPU in between, so it has to be fully busy, or its clock locked.
+    """
+    first_s, last_s = min(start_s for start_s, _ in rounds), max(end_s for _, end_s in rounds)
+    any_clock = not on_gpu or telemetry["before"].get("clocks_locked")
+    found = []
+    for sample in telemetry["samples"]:
+        if first_s <= sample["time_s"] <= last_s:
+            counts = any_clock or sample.get("gpu_percent", 0) >= BUSY_PERCENT
+            mhz = max(sample.get("gpu_mhz" if on_gpu else "cpu_mhz", ()), default=0)
+            found.append({"time_s": sample["time_s"], "mhz": mhz if counts else 0})
     return found
 
 
@@ -61,11 +86,16 @@ def _heat(samples: Sequence[Mapping[str, Any]]) -> str | None:
     return f"{zone} reached {hottest:.0f} °C" if hottest >= TEMPERATURE_LIMIT_C else None
 
 
-def _throttling(samples: Sequence[Mapping[str, Any]], usual_mhz: float | None) -> str | None:
-    clocks = [max(sample["gpu_mhz"]) for sample in samples if sample.get("gpu_mhz")]
-    if usual_mhz is None or not clocks or min(clocks) >= CLOCK_SHARE * usual_mhz:
+def _throttling(
+    clocks: Sequence[Mapping[str, Any]], start_s: float, end_s: float, processor: str
+) -> str | None:
+    inside = [clock["mhz"] for clock in _around(clocks, start_s, end_s) if clock["mhz"]]
+    if not inside:
         return None
-    return f"the GPU's clock fell to {min(clocks):.0f} of {usual_mhz:.0f} MHz"
+    usual_mhz = float(np.median([clock["mhz"] for clock in clocks if clock["mhz"]]))
+    if min(inside) >= CLOCK_SHARE * usual_mhz:
+        return None
+    return f"the {processor}'s clock fell to {min(inside):.0f} of {usual_mhz:.0f} MHz"
 
 
 def _other_load(

@@ -3,7 +3,7 @@
 import gc
 import random
 import time
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
@@ -36,7 +36,8 @@ def bench(job: Dict[str, Any], report: Callable[[Dict[str, Any]], None]) -> Dict
 
     Result: "blocks": list of {"engine" (index), "round", "start_s", "end_s" (monotonic clock), "samples_ms":
     {scope: [...]}, "images_per_s" (throughput; null: not measured), "images" (that went end to end, the
-    unrecorded first one included)}; "warmup_runs": per engine; "timer_overhead_ms"; "idle_s": [start, end] or null.
+    unrecorded first one included)}; "warmup_runs" and "warmup_stable" (whether the latency was, at last): per
+    engine; "timer_overhead_ms"; "idle_s": [start, end] or null.
     """
     preprocessing = Preprocessing.from_json(job["preprocessing"])
     thresholds = Thresholds(**job["thresholds"])
@@ -50,7 +51,7 @@ def bench(job: Dict[str, Any], report: Callable[[Dict[str, Any]], None]) -> Dict
         for engine in job["engines"]:  # one by one: those loaded are closed when the next one fails
             runners.append(load(engine))  # noqa: PERF401
         subjects = [_Subject(runner, images, preprocessing, thresholds) for runner in runners]
-        warmup_runs = [_warm_up(subject, job["warmup_runs"]) for subject in subjects]
+        warm_ups = [_warm_up(subject, job["warmup_runs"]) for subject in subjects]
         gc.collect()
         gc.disable()
         blocks = _rounds(subjects, job, report)
@@ -60,7 +61,8 @@ def bench(job: Dict[str, Any], report: Callable[[Dict[str, Any]], None]) -> Dict
             runner.close()
     return {
         "blocks": blocks,
-        "warmup_runs": warmup_runs,
+        "warmup_runs": [warm_up.runs for warm_up in warm_ups],
+        "warmup_stable": [warm_up.stable for warm_up in warm_ups],
         "timer_overhead_ms": _timer_overhead_ms(),
         "idle_s": idle_s,
     }
@@ -136,8 +138,13 @@ class _Subject:
         }
 
 
-def _warm_up(subject: _Subject, least_runs: int) -> int:
-    """Run until the latency is stable, within a bound; returns how many runs it took."""
+class _WarmUp(NamedTuple):
+    runs: int
+    stable: bool
+
+
+def _warm_up(subject: _Subject, least_runs: int) -> _WarmUp:
+    """Run until the latency is stable, within a bound."""
     samples: List[float] = []
     while len(samples) < WARMUP_LIMIT * max(least_runs, 1):
         samples += subject.engine_ms(STABLE_WINDOW)[ENGINE]
@@ -145,8 +152,8 @@ def _warm_up(subject: _Subject, least_runs: int) -> int:
         before, last = samples[-2 * STABLE_WINDOW : -STABLE_WINDOW], samples[-STABLE_WINDOW:]
         if len(samples) >= max(least_runs, 2 * STABLE_WINDOW):
             if abs(np.median(last) / np.median(before) - 1) <= STABLE_SHARE:
-                break
-    return len(samples)
+                return _WarmUp(len(samples), True)
+    return _WarmUp(len(samples), False)
 
 
 def _rounds(

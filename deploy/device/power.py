@@ -5,7 +5,6 @@ it.
 """
 
 import contextlib
-import glob
 import os
 import re
 import shutil
@@ -39,15 +38,11 @@ def power_mode() -> Optional[str]:
 
 def clocks_locked() -> Optional[bool]:
     """Whether least and greatest clock are the same, for GPU and processor; None where it is not said."""
-    pairs = []
-    for pattern, least, most in (
-        ("sys/class/devfreq/*gpu*", "min_freq", "max_freq"),
-        ("sys/class/devfreq/*g[mpv]*b*", "min_freq", "max_freq"),
-        ("sys/devices/system/cpu/cpufreq/policy*", "scaling_min_freq", "scaling_max_freq"),
-    ):
-        for folder in glob.glob(os.path.join(system.ROOT, pattern)):
-            inside = "/" + os.path.relpath(folder, system.ROOT)
-            pairs.append(tuple(system.read_text("{}/{}".format(inside, name)) for name in (least, most)))
+    pairs = [
+        tuple(system.read_text("{}/{}{}_freq".format(folder, prefix, end)) for end in ("min", "max"))
+        for folders, prefix in ((system.gpu_folders(), ""), (system.cpu_folders(), "scaling_"))
+        for folder in folders
+    ]
     known = [pair for pair in pairs if None not in pair]
     return all(least == most for least, most in known) if known else None
 

@@ -2,11 +2,11 @@
 
 tegrastats prints one line per interval. Its traps, each seen on a board: a date in front; cores that are
 "off"; -256C for a sensor that is off; rails with and without "mW", with two or three values; zone names in
-either case; no clock unless run as root; GR3D_FREQ without utilisation, or with a list of clocks.
+either case; no clock unless run as root; GR3D_FREQ without utilisation, or with a list of clocks. The kernel
+shows the clocks to every user.
 """
 
 import collections
-import glob
 import os
 import re
 import shutil
@@ -17,7 +17,6 @@ from typing import Any, Deque, Dict, Iterable, List, Optional
 from . import system
 
 INTERVAL_S = 1.0
-SENSOR_OFF_C = -256.0
 INPUT_RAIL_ENDS = ("_IN", "SYS_5V0", "SYS5V")  # names of rails that feed the whole board
 
 _RAM = re.compile(r"\bRAM (\d+)/(\d+)MB")
@@ -55,9 +54,7 @@ def parse_tegrastats(line: str) -> Dict[str, Any]:
             found["gpu_mhz"] = [int(value) for value in (clocks or clock).split(",")]
     if emc:
         found["emc_percent"] = int(emc.group(1))
-    zones = {name.lower(): float(value) for name, value in _ZONE.findall(line)}
-    # PMIC stands at 100 on every board that prints it: a placeholder, no temperature.
-    zones = {name: value for name, value in zones.items() if value > SENSOR_OFF_C and name != "pmic"}
+    zones = system.measured({name.lower(): float(value) for name, value in _ZONE.findall(line)})
     if zones:
         found["temperatures_c"] = zones
     rails = {name: int(value) for name, value in _RAIL.findall(line) if name not in ("RAM", "SWAP")}
@@ -69,8 +66,7 @@ def parse_tegrastats(line: str) -> Dict[str, Any]:
 def ina3221_mw() -> Dict[str, float]:
     """Power by rail from the board's INA3221 monitors: mV x mA / 1000."""
     found = {}
-    for name_file in sorted(glob.glob(os.path.join(system.ROOT, "sys/class/hwmon/hwmon*/name"))):
-        folder = "/" + os.path.relpath(os.path.dirname(name_file), system.ROOT)
+    for folder in system.folders("/sys/class/hwmon/hwmon*"):
         if system.read_text(folder + "/name") != "ina3221":
             continue
         for channel in range(1, 8):
@@ -80,6 +76,26 @@ def ina3221_mw() -> Dict[str, float]:
             if label and millivolt and milliampere:  # the sum of the shunts has no current of its own
                 found[label] = int(millivolt) * int(milliampere) / 1000
     return found
+
+
+def clocks() -> Dict[str, Any]:
+    """Clocks as the kernel has them, and how busy the GPU is at the same moment.
+
+    Returns:
+        Those of these fields that the machine tells: "gpu_mhz" and "cpu_mhz" (lists), "gpu_percent".
+    """
+    gpus = system.gpu_folders()
+    found = {
+        "gpu_mhz": _numbers(gpus, "cur_freq", 1e6),  # of Hz
+        "cpu_mhz": _numbers(system.cpu_folders(), "scaling_cur_freq", 1e3),  # of kHz
+        "gpu_percent": max(_numbers(gpus, "device/load", 10), default=None),
+    }
+    return {name: value for name, value in found.items() if value not in (None, [])}
+
+
+def _numbers(folders: List[str], name: str, divisor: float) -> List[float]:
+    texts = [system.read_text("{}/{}".format(folder, name)) for folder in folders]
+    return [int(text) / divisor for text in texts if text and text.isdigit()]
 
 
 def board_rails(names: Iterable[str]) -> List[str]:
@@ -140,6 +156,7 @@ class Telemetry:
                 sample[name].update(value)
             else:
                 sample[name] = value
+        sample.update(clocks())
         self.samples.append(sample)
 
     def _last_line(self) -> str:

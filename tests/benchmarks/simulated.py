@@ -35,6 +35,8 @@ class SimulatedDevice:
         latencies_ms: of each engine on an undisturbed device.
         slowdown: time in seconds -> factor on every latency at that time.
         telemetry: time in seconds -> what a sample of the telemetry says then.
+        power_modes: before and after each call; the last one's from then on.
+        stable: whether latencies are, at the end of the warm-up.
     """
 
     def __init__(
@@ -43,7 +45,8 @@ class SimulatedDevice:
         slowdown: Callable[[float], float] = lambda time_s: 1.0,
         telemetry: Callable[[float], Mapping[str, Any]] = lambda time_s: {},
         noise: float = 0.02,
-        power_modes: tuple[str | None, str | None] = (None, None),
+        power_modes: Sequence[tuple[str | None, str | None]] = ((None, None),),
+        stable: bool = True,
     ) -> None:
         self.engines = [engine(index) for index in range(len(latencies_ms))]
         self.calls: list[Mapping[str, Any]] = []
@@ -52,6 +55,7 @@ class SimulatedDevice:
         self._telemetry = telemetry
         self._noise = noise
         self._power_modes = power_modes
+        self._stable = stable
         self._time_s = 0.0
         self._random = random.Random(0)
 
@@ -76,14 +80,16 @@ class SimulatedDevice:
         scopes: Sequence[str] = ("engine",),
         idle_seconds: float = 0.0,
     ) -> Latencies:
-        self.calls.append({"runs": runs, "seed": seed})
+        before, after = self._power_modes[min(len(self.calls), len(self._power_modes) - 1)]
+        self.calls.append({"runs": runs, "seed": seed, "min_seconds": min_seconds})
         start_s = self._time_s
         self._time_s += idle_seconds
         idle_s = (start_s, self._time_s) if idle_seconds else None
         order = list(range(len(engines)))
         shuffle = random.Random(seed).shuffle
         blocks = []
-        for number in range(-(-runs // block_runs)):
+        first_s, number = self._time_s, 0
+        while number < -(-runs // block_runs) or self._time_s - first_s < min_seconds:
             shuffle(order)
             for index in order:
                 block_start_s = self._time_s
@@ -99,8 +105,8 @@ class SimulatedDevice:
                         images=block_runs,
                     )
                 )
+            number += 1
         times = [start_s + second for second in range(int(self._time_s - start_s) + 1)]
-        before, after = self._power_modes
         return Latencies(
             engines=tuple(engine.key for engine in engines),
             blocks=tuple(blocks),
@@ -112,4 +118,5 @@ class SimulatedDevice:
                 "samples": [{"time_s": time_s, **self._telemetry(time_s)} for time_s in times],
             },
             idle_s=idle_s,
+            warmup_stable=(self._stable,) * len(engines),
         )

@@ -19,7 +19,7 @@ from edgeprune.deploy.records import Latencies, LatencyBlock
 from edgeprune.deploy.session import Session
 
 STEPS_MS = [10.0, 9.7, 9.4, 9.1, 8.8, 8.5]  # each step is 3 % faster than the one before
-OPTIONS = BenchmarkOptions(runs=200, block_runs=10)
+OPTIONS = BenchmarkOptions(runs=200, min_seconds=0.0, block_runs=10)
 
 
 def measure(device: SimulatedDevice, options: BenchmarkOptions = OPTIONS) -> Interleaved:
@@ -78,8 +78,9 @@ def test_throttled_rounds_are_measured_again() -> None:
     device = SimulatedDevice(
         STEPS_MS,
         slowdown=lambda time_s: 2.0 if throttled(time_s) else 1.0,
-        telemetry=lambda time_s: {"gpu_mhz": [460 if throttled(time_s) else 921]},
+        telemetry=lambda time_s: {"gpu_mhz": [460 if throttled(time_s) else 921], "gpu_percent": 99},
     )
+    device.engines = [replace(engine, backend="tensorrt") for engine in device.engines]
     found = measure(device)
     assert found.disturbed is None
     assert len(device.calls) == 2
@@ -113,9 +114,90 @@ def test_a_lasting_disturbance_is_said() -> None:
 
 def test_another_power_mode_disturbs_everything() -> None:
     """When the power mode after the benchmark is not the one before it, no round is trusted."""
-    assert measure(SimulatedDevice(STEPS_MS, power_modes=("MAXN", "5W"))).disturbed == (
+    assert measure(SimulatedDevice(STEPS_MS, power_modes=[("MAXN", "5W")])).disturbed == (
         "the power mode changed from MAXN to 5W"
     )
+
+
+def test_another_power_mode_between_two_attempts_disturbs_the_second() -> None:
+    """Rounds that are measured again in another mode than the first ones are not put beside them."""
+    device = SimulatedDevice(
+        STEPS_MS,
+        telemetry=lambda time_s: {"temperatures_c": {"gpu": 97.0 if time_s < 3 else 60.0}},
+        power_modes=[("MAXN", "MAXN"), ("5W", "5W")],
+    )
+    found = measure(device)
+    assert len(device.calls) == 2
+    assert (found.telemetry["before"], found.telemetry["after"]) == (
+        {"power_mode": "MAXN"},
+        {"power_mode": "5W"},
+    )
+    for blocks in found.blocks:
+        again = {block.invalid for block in blocks if block.index >= 20}
+        assert again == {"the power mode changed from MAXN to 5W"}
+        assert any(block.invalid is None for block in blocks)
+
+
+def test_a_latency_that_never_settles_is_said() -> None:
+    """Where the warm-up ended without a stable latency, all rounds count and the result says so."""
+    found = measure(SimulatedDevice(STEPS_MS, stable=False))
+    assert found.disturbed == "engine 0 had no stable latency within 20 warm-up runs"
+    assert all(block.invalid for blocks in found.blocks for block in blocks)
+
+
+def test_a_benchmark_lasts_long_enough_to_be_judged() -> None:
+    """Fast engines run for 30 s by default, not for 200 runs alone; what is measured again, for 15 s.
+
+    A disturbed round among more valid ones than were asked for is not measured again.
+    """
+    device = SimulatedDevice([1.0, 0.9], noise=0.0)
+    assert measure(device, BenchmarkOptions()).disturbed is None
+    assert device.calls == [{"runs": 200, "seed": 0, "min_seconds": 30.0}]
+    assert device.run(0) and device._time_s >= 30
+
+    def hot_until(second: float) -> SimulatedDevice:
+        return SimulatedDevice(
+            STEPS_MS, telemetry=lambda time_s: {"temperatures_c": {"gpu": 97.0 if time_s < second else 60.0}}
+        )
+
+    few, many = hot_until(3), hot_until(25)
+    measure(few, BenchmarkOptions())
+    measure(many, BenchmarkOptions())
+    assert [call["min_seconds"] for call in few.calls] == [30.0]
+    assert [call["min_seconds"] for call in many.calls] == [30.0, 15.0]
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "locked", "sample", "found"),
+    [
+        (True, False, {"gpu_mhz": [460.8], "gpu_percent": 99.0}, "the GPU's clock fell to 461 of 922 MHz"),
+        (True, True, {"gpu_mhz": [460.8], "gpu_percent": 20.0}, "the GPU's clock fell to 461 of 922 MHz"),
+        # It waits for the CPU, and its governor saves; or perhaps it does.
+        (True, False, {"gpu_mhz": [460.8], "gpu_percent": 60.0}, None),
+        (True, False, {"gpu_mhz": [460.8]}, None),
+        (True, True, {"gpu_mhz": [0], "gpu_percent": 99.0}, None),  # switched off
+        (True, True, {"cpu_mhz": [102.0]}, None),
+        (False, False, {"cpu_mhz": [102.0, 710.0]}, "the CPU's clock fell to 710 of 1479 MHz"),
+        (False, False, {"cpu_mhz": [102.0, 1428.0]}, None),  # one core is busy
+        (False, True, {"gpu_mhz": [76.8], "gpu_percent": 99.0, "cpu_mhz": [1479.0]}, None),
+    ],
+)
+def test_a_low_clock_is_throttling_where_its_processor_works(
+    on_gpu: bool, locked: bool, sample: dict[str, Any], found: str | None
+) -> None:
+    """The clock that counts is that of the engines' processor, and a low one where nothing explains it but
+    throttling: it disturbs the round it is in and the one that ended just before. Outside the benchmark it says
+    nothing."""
+    usual = {"gpu_mhz": [921.6], "gpu_percent": 99.0, "cpu_mhz": [1479.0, 102.0]}
+    odd = {0.0: sample, 5.0: sample, 11.0: sample}
+    telemetry = {
+        "before": {"clocks_locked": locked},
+        "after": {},
+        "samples": [{"time_s": time_s, **odd.get(time_s, usual)} for time_s in map(float, range(12))],
+    }
+    rounds = {number: (2.0 * number + 0.5, 2.0 * number + 2.4) for number in range(5)}
+    expected = dict.fromkeys((1, 2), found) if found else {}
+    assert disturbances(rounds, telemetry, own_threads=1, on_gpu=on_gpu) == expected
 
 
 def load_average(runnable: Mapping[int, float], start: float, seconds: int) -> list[dict[str, Any]]:
@@ -137,7 +219,7 @@ def test_another_load_is_told_from_one_that_ended() -> None:
         "samples": load_average({0: 1.0, 60: 3.0}, start=4.0, seconds=120),
     }
     rounds = {number: (10.0 * number, 10.0 * number + 9) for number in range(1, 11)}
-    found = disturbances(rounds, telemetry, own_threads=1)
+    found = disturbances(rounds, telemetry, own_threads=1, on_gpu=False)
     assert not {1, 2, 3, 4} & found.keys()
     assert {7, 8, 9, 10} <= found.keys()
     assert found[9] == "another load: 2.0 threads besides the benchmark's"
@@ -146,8 +228,10 @@ def test_another_load_is_told_from_one_that_ended() -> None:
 def test_a_device_that_tells_nothing_is_not_blamed() -> None:
     """Without temperatures, clocks, load or power mode no round is called disturbed."""
     telemetry = {"before": {}, "after": {}, "samples": [{"time_s": 1.0}]}
-    assert disturbances({0: (0.0, 2.0)}, telemetry, own_threads=1) == {}
-    assert disturbances({0: (0.0, 2.0)}, {**telemetry, "samples": []}, own_threads=1) == {}
+    for on_gpu in (False, True):
+        assert disturbances({0: (0.0, 2.0)}, telemetry, own_threads=1, on_gpu=on_gpu) == {}
+        none = {**telemetry, "samples": []}
+        assert disturbances({0: (0.0, 2.0)}, none, own_threads=1, on_gpu=on_gpu) == {}
 
 
 def powered(power_mw: list[dict[str, int]]) -> Latencies:

@@ -86,7 +86,7 @@ def test_engines_are_measured_together(dataset: Dataset, tmp_path: Path) -> None
         dataset,
         image_files(dataset, tmp_path),
         Preprocessing(),
-        options=BenchmarkOptions(runs=20, block_runs=5, warmup_runs=5),
+        options=BenchmarkOptions(runs=20, min_seconds=0.0, block_runs=5, warmup_runs=5),
     )
     assert [right.model_sha256, wrong.model_sha256] == [sha256_of(model) for model in models]
     assert (right.ap, right.ap50) == pytest.approx((1, 1))
@@ -114,7 +114,7 @@ def test_samples_are_the_same_images_for_every_engine(dataset: Dataset, tmp_path
         session.build(write_model(tmp_path / f"{n}.onnx", scores))
         for n, scores in enumerate(([0.9, 0.1], [0.4, 0.9]))
     ]
-    options = BenchmarkOptions(runs=1, block_runs=1, warmup_runs=1, profile_runs=1)
+    options = BenchmarkOptions(runs=1, min_seconds=0.0, block_runs=1, warmup_runs=1, profile_runs=1)
     first, last = benchmark_engines(
         session, engines, dataset, image_files(dataset, tmp_path), Preprocessing(), options=options
     )

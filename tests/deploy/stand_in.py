@@ -25,11 +25,12 @@ esac
 JETSON_CLOCKS = """\
 #!/bin/sh
 policy={root}/sys/devices/system/cpu/cpufreq/policy0
+gpu={root}/sys/class/devfreq/57000000.gpu
 echo "jetson_clocks $1" >> {root}/calls
 case "$1" in
-  --store) cat $policy/scaling_min_freq > "$2" ;;
-  --restore) cat "$2" > $policy/scaling_min_freq ;;
-  "") cat $policy/scaling_max_freq > $policy/scaling_min_freq ;;
+  --store) cat $policy/scaling_min_freq $gpu/min_freq > "$2" ;;
+  --restore) sed -n 1p "$2" > $policy/scaling_min_freq; sed -n 2p "$2" > $gpu/min_freq ;;
+  "") cat $policy/scaling_max_freq > $policy/scaling_min_freq; cat $gpu/max_freq > $gpu/min_freq ;;
 esac
 """
 
@@ -73,8 +74,15 @@ class StandIn:
             ("sys/class/thermal/thermal_zone0/temp", "23000\n"),
             ("sys/class/thermal/thermal_zone1/type", "CV0\n"),
             ("sys/class/thermal/thermal_zone1/temp", "-256000\n"),
+            ("sys/class/thermal/thermal_zone2/type", "PMIC-Die\n"),
+            ("sys/class/thermal/thermal_zone2/temp", "100000\n"),
+            ("sys/class/devfreq/57000000.gpu/min_freq", "76800000\n"),
+            ("sys/class/devfreq/57000000.gpu/max_freq", "921600000\n"),
+            ("sys/class/devfreq/57000000.gpu/cur_freq", "460800000\n"),
+            ("sys/class/devfreq/57000000.gpu/device/load", "610\n"),
             ("sys/devices/system/cpu/cpufreq/policy0/scaling_min_freq", "102000\n"),
             ("sys/devices/system/cpu/cpufreq/policy0/scaling_max_freq", "1479000\n"),
+            ("sys/devices/system/cpu/cpufreq/policy0/scaling_cur_freq", "1428000\n"),
             ("power_mode", "0\n"),
             ("calls", ""),
         ):
@@ -109,6 +117,11 @@ class StandIn:
 
     @property
     def clocks_locked(self) -> bool:
-        policy = self.root / "sys/devices/system/cpu/cpufreq/policy0"
-        least, most = ((policy / f"scaling_{name}_freq").read_text().strip() for name in ("min", "max"))
-        return least == most
+        clocks = (
+            ("sys/devices/system/cpu/cpufreq/policy0", "scaling_"),
+            ("sys/class/devfreq/57000000.gpu", ""),
+        )
+        return all(
+            len({(self.root / folder / f"{prefix}{end}_freq").read_text() for end in ("min", "max")}) == 1
+            for folder, prefix in clocks
+        )

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,11 @@ from sshd import Sshd
 from stand_in import StandIn
 from typer.testing import CliRunner, Result
 
+from edgeprune.benchmarks.measure import BenchmarkOptions, benchmark_engines
 from edgeprune.cli import app
+from edgeprune.deploy.bundle import BenchmarkPlan
+from edgeprune.deploy.records import Latencies
+from edgeprune.deploy.session import Session
 
 TINY = (
     Path(__file__).parents[1] / "cli" / "tiny_detector.py"
@@ -72,10 +77,34 @@ def device_of(run: Path) -> dict[str, Any]:
     return device
 
 
+def benchmark_of(run: Path) -> dict[str, Any]:
+    benchmark: dict[str, Any] = json.loads((run / "step-01" / "benchmark.json").read_text())
+    return benchmark
+
+
 def test_build_over_ssh(
-    tmp_path: Path, inputs: Path, board: tuple[StandIn, Sshd], agent_python: Callable[[str], str]
+    *,
+    tmp_path: Path,
+    inputs: Path,
+    board: tuple[StandIn, Sshd],
+    agent_python: Callable[[str], str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """build -> deploy -> bench -> report on the board that --target auto finds, named as what it is."""
+    """build -> deploy -> bench -> report on the board that --target auto finds, named as what it is.
+
+    The power mode is the benchmark's, not the idle board's. Energy is the 0.933 W at the board's input, for as long
+    as an image took the engine that ran alone.
+    """
+    benchmark = Session.benchmark
+    timed: list[Latencies] = []
+
+    def recorded(*args: Any, **options: Any) -> Latencies:
+        timed.append(benchmark(*args, **options))
+        return timed[-1]
+
+    monkeypatch.setattr(Session, "benchmark", recorded)
+    monkeypatch.setitem(benchmark_engines.__kwdefaults__, "options", BenchmarkOptions(min_seconds=3.0))
+    monkeypatch.setattr("edgeprune.benchmarks.measure.ENERGY_S", 3.0)
     stand_in, server = board
     way = (
         *("--host", "board", "--ssh-config", server.config, "--device-folder", tmp_path / "work"),
@@ -90,6 +119,15 @@ def test_build_over_ssh(
     assert all(row["latency_engine_p50_ms"] > 0 and row["device_ap"] is not None for row in rows)
     assert "nvpmodel -m 1" in stand_in.calls
     assert stand_in.power_mode == "0"
+    measured = benchmark_of(tmp_path / "run")
+    assert measured["device"]["details"]["power_mode"] == "5W"
+    assert not any("PMIC" in str(block["invalid"]) for block in measured["blocks"])
+    energy = measured["energy"]
+    assert (energy["watts"], energy["rails"]) == (pytest.approx(0.933), ["POM_5V_IN"])
+    assert (energy["idle_watts"], energy["joules_per_image_above_idle"]) == pytest.approx((0.933, 0.0))
+    blocks = timed[-1].blocks
+    image_s = (blocks[-1].end_s - blocks[0].start_s) / sum(block.images for block in blocks)
+    assert energy["joules_per_image"] == pytest.approx(0.933 * image_s)
     # Later commands on the run know the way, and the engines are there already.
     again = edgeprune("deploy", tmp_path / "run", "--json")
     assert again.exit_code == 0, again.stderr
@@ -100,9 +138,17 @@ def test_build_over_ssh(
     assert json.loads(cleaned.stdout)[0]["freed_mib"] > 0
 
 
-def test_build_without_a_board(tmp_path: Path, inputs: Path, agent_python: Callable[[str], str]) -> None:
-    """A Jetson that is out of reach: this machine is measured, a bundle waits, import replaces."""
-    done = build(tmp_path, inputs, "--target", "jetson-nano", "--backend", "onnxruntime")
+def test_build_without_a_board(
+    tmp_path: Path, inputs: Path, agent_python: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Jetson that is out of reach: this machine is measured, a bundle waits, import replaces.
+
+    The power mode is the benchmark's there.
+    """
+    quick = partial(BenchmarkPlan, min_seconds=0.0, energy_seconds=0.2)
+    monkeypatch.setattr("edgeprune.cli.run_device.BenchmarkPlan", quick)
+    target = ("--target", "jetson-nano", "--backend", "onnxruntime", "--power-mode", "5W")
+    done = build(tmp_path, inputs, *target)
     assert done.exit_code == 0, done.stderr
     assert "this machine is no jetson-nano" in done.stderr
     assert f"edgeprune import {tmp_path / 'run'} results.tar.gz" in " ".join(done.stderr.split())
@@ -119,6 +165,7 @@ def test_build_without_a_board(tmp_path: Path, inputs: Path, agent_python: Calla
         "jetson-nano",
         "stand-in for NVIDIA Jetson Nano Developer Kit",
     )
+    assert benchmark_of(tmp_path / "run")["device"]["details"]["power_mode"] == "5W"
 
 
 @pytest.mark.parametrize(

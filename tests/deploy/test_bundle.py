@@ -21,7 +21,7 @@ from edgeprune.deploy.targets import load_target
 
 PREPROCESSING = Preprocessing("rgb", (100.0, 110.0, 120.0), (60.0, 60.0, 60.0), 30)
 TARGET = load_target("jetson-nano").without_tensorrt()
-SHORT = BenchmarkPlan(runs=20, profile_runs=2, energy_seconds=0.2)
+SHORT = BenchmarkPlan(runs=20, min_seconds=0.0, profile_runs=2, energy_seconds=0.2)
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def models(tmp_path: Path) -> list[Path]:
 def bundle(tmp_path: Path, models: list[Path], images: dict[int, Path]) -> tuple[Path, str]:
     """The unpacked bundle, as on the device, and its plan's hash."""
     path = tmp_path / "bundle.tar.gz"
-    plan_sha256 = write_bundle(path, TARGET, models, images, PREPROCESSING, benchmark=SHORT)
+    plan_sha256 = write_bundle(path, TARGET, models, images, PREPROCESSING, benchmark=SHORT, power_mode="5W")
     shutil.unpack_archive(path, tmp_path / "device")
     return tmp_path / "device" / FOLDER, plan_sha256
 
@@ -55,18 +55,25 @@ def test_the_whole_way(
     tmp_path: Path,
     agent_python: Callable[[str], str],
 ) -> None:
-    """run.sh under Python 3.6 gives results that answer as a live session would, telemetry included."""
+    """run.sh under Python 3.6 gives results that answer as a live session would, telemetry included.
+
+    Whatever is timed is timed in the power mode that was asked for.
+    """
     folder, plan_sha256 = bundle
     done = run(folder, agent_python("3.6"), tmp_path)
     assert done.returncode == 0, done.stderr
-    imported = ImportedSession(TARGET, read_results(folder / "results.tar.gz"), plan_sha256)
+    results = read_results(folder / "results.tar.gz")
+    imported = ImportedSession(TARGET, results, plan_sha256)
     info = imported.probe()
     assert (info.board, info.transport) == ("stand-in for NVIDIA Jetson Nano Developer Kit", "bundle")
     engines = [imported.build(model) for model in models]
     assert [engine.backend_version for engine in engines] == ["1.10.0", "1.10.0"]
     latencies = imported.benchmark(engines, list(images.values()), PREPROCESSING)
     assert all(len(latencies.samples_ms(index, "engine")) >= 20 for index in (0, 1))
-    assert latencies.telemetry["before"]["power_mode"] == "MAXN"
+    assert (info.power_mode, latencies.telemetry["before"]["power_mode"]) == ("MAXN", "5W")
+    timed = 1 + len(results["energy"]) + len(results["profiles"])
+    assert len(results["profiles"]) == 2
+    assert (tmp_path / "jetson/calls").read_text().split("\n").count("nvpmodel -m 1") == timed
     found = imported.evaluate(engines[1], images, PREPROCESSING)
     here = local_session(load_target("host"), tmp_path / "here")
     expected = here.evaluate(here.build(models[1]), images, PREPROCESSING)
@@ -130,7 +137,8 @@ def test_a_benchmark_is_given_once(results: tuple[dict[str, Any], str], tmp_path
     whole, plan_sha256 = results
     session = ImportedSession(TARGET, whole, plan_sha256)
     engine = session.build(write_model(tmp_path / "model.onnx"))
-    together, alone, more = (session.benchmark([engine], [], PREPROCESSING) for _ in range(3))
+    together, more = (session.benchmark([engine], [], PREPROCESSING) for _ in range(2))
+    alone = session.benchmark([engine], [], PREPROCESSING, scopes=["end_to_end"])
     assert len(together.samples_ms(0, "engine")) >= 20
     assert alone.telemetry["samples"][-1]["power_mw"]["POM_5V_IN"] == 933
     assert together.idle_s is None
@@ -170,6 +178,17 @@ def test_an_archive_that_is_not_ours_is_refused(tmp_path: Path, make: Callable[[
     with pytest.raises(DeviceError, match="is no results archive"):
         read_results(tmp_path / "results.tar.gz")
     assert [path.name for path in tmp_path.iterdir()] == ["results.tar.gz"]
+
+
+def test_results_of_an_older_version_are_told_from_damaged_ones(
+    results: tuple[dict[str, Any], str], tmp_path: Path
+) -> None:
+    """Running that bundle again would give the same: it has to be written anew."""
+    bench = {name: value for name, value in results[0]["bench"].items() if name != "warmup_stable"}
+    older = {**results[0], "protocol": 1, "bench": bench}
+    path = archive(tmp_path / "results.tar.gz", "results.json", json.dumps(older).encode())
+    with pytest.raises(DeviceError, match="another version of edgeprune: write the bundle anew"):
+        read_results(path)
 
 
 @pytest.mark.parametrize(

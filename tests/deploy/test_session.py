@@ -1,5 +1,6 @@
 """A session with this machine: the agent in a process of its own, every failure a clear error."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from small_model import SIZE, write_model
 
 from edgeprune.data.dataset import Dataset, Sample
@@ -24,6 +27,7 @@ from edgeprune.deploy.targets import load_target
 from edgeprune.deploy.transport import Local
 
 PREPROCESSING = Preprocessing("rgb", (100.0, 110.0, 120.0), (60.0, 60.0, 60.0), 30)
+MIB = 1 << 20
 
 
 @pytest.fixture
@@ -94,6 +98,69 @@ def test_an_engine_is_built_once(session: Session, model: Path, tmp_path: Path) 
     assert not session.build(write_model(tmp_path / "other.onnx", weight=0.02)).reused
 
 
+def write_large_model(path: Path, features: int, weights: int) -> Path:
+    """Reads the image by a 1x1 convolution to so many channels, and their mean by so many columns of weights."""
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (features, 3, 1, 1), "columns": (features, weights)}
+    nodes = [
+        helper.make_node("Conv", ["images", "kernel"], ["features"]),
+        helper.make_node("ReduceMean", ["features"], ["means"], axes=[2, 3], keepdims=0),
+        helper.make_node("MatMul", ["means", "columns"], ["numbers"]),
+        helper.make_node("ReduceMean", ["numbers"], ["scores"], axes=[1], keepdims=1),
+        helper.make_node("Identity", ["candidates"], ["boxes"]),
+    ]
+    initializers = [
+        numpy_helper.from_array(rng.normal(size=shape).astype(np.float32), name)
+        for name, shape in shapes.items()
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "large",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, (1, 3, *SIZE))],
+        [
+            helper.make_tensor_value_info("boxes", TensorProto.FLOAT, (1, 1, 4)),
+            helper.make_tensor_value_info("scores", TensorProto.FLOAT, (1, 1)),
+        ],
+        [*initializers, numpy_helper.from_array(np.zeros((1, 1, 4), np.float32), "candidates")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=7), path)
+    return path
+
+
+def test_an_engine_tells_its_memory(session: Session, tmp_path: Path) -> None:
+    """It grows by as much as weights do, and by a few times as much as activations do: ONNX Runtime holds those of
+    the first run and, planned by it, those of all others; the same build tells the same."""
+    area = SIZE[0] * SIZE[1]
+    found = {
+        (features, weights): session.build(
+            write_large_model(tmp_path / "m.onnx", features, weights)
+        ).memory_mib
+        for features, weights in [(512, 64), (512, 16384), (2048, 64)]
+    }
+    few, heavy, wide = found.values()
+    assert few is not None and heavy is not None and wide is not None
+    assert few >= 512 * area * 4 / MIB
+    assert heavy - few == pytest.approx(512 * (16384 - 64) * 4 / MIB, rel=0.1)
+    more = 1536 * area * 4 / MIB
+    assert 0.9 * more < wide - few < 6 * more
+    again = session.build(tmp_path / "m.onnx", options={"threads": 1})
+    assert not again.reused
+    assert again.memory_mib == pytest.approx(wide, abs=0.5)
+
+
+def test_a_record_without_memory_is_no_record(session: Session, work: Path, model: Path) -> None:
+    """An engine that an earlier version built is built again, so that its memory is known."""
+    engine = session.build(model)
+    path = (work / engine.path).with_suffix(".json")
+    record = json.loads(path.read_text())
+    del record["memory_mib"]
+    path.write_text(json.dumps(record))
+    again = session.build(model)
+    assert not again.reused
+    assert again.memory_mib is not None
+    assert Engine.from_json({**record, "log": []}).memory_mib is None
+
+
 def test_a_damaged_engine_is_built_again_and_never_run(
     session: Session, work: Path, model: Path, images: dict[int, Path]
 ) -> None:
@@ -137,6 +204,7 @@ def test_benchmark_interleaves_engines(session: Session, tmp_path: Path, images:
         assert block.images == 1 + len(block.samples_ms["end_to_end"])
         assert block.images_per_s is None  # no copies to overlap in ONNX Runtime on the CPU
     assert all(runs >= 10 for runs in found.warmup_runs)
+    assert len(found.warmup_stable) == 3
     assert 0 < found.timer_overhead_ms < 0.1
     assert Latencies.from_json(found.to_json()) == found
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -117,9 +118,10 @@ def test_the_whole_way(
     model: Path,
     images: dict[int, Path],
 ) -> None:
-    """Probe, build, benchmark and evaluation over SSH under Python 3.6, power mode and clocks held.
+    """Probe, build, benchmark and evaluation over SSH under Python 3.6, power mode and clocks held for what is timed.
 
-    Detections are those of a local agent in the same Python; nothing stays changed on the board.
+    Detections are those of a local agent in the same Python; nothing stays changed on the board. A user who is not
+    root sees the kernel's clocks where tegrastats has none, and no placeholder for a temperature.
     """
     transport = ssh(start().config)
     session = Session(TARGET, transport, power_mode="5W", lock_clocks=True)
@@ -141,6 +143,7 @@ def test_the_whole_way(
     assert latencies.telemetry["after"] == {"power_mode": "5W", "clocks_locked": True}
     sample = latencies.telemetry["samples"][-1]
     assert (sample["gpu_percent"], sample["power_mw"]["POM_5V_IN"]) == (61, 933)
+    assert (sample["gpu_mhz"], sample["cpu_mhz"]) == ([460.8], [1428.0])
     assert sample["temperatures_c"] == {
         "CPU-therm": 23.0,
         "pll": 20.5,
@@ -149,7 +152,7 @@ def test_the_whole_way(
         "thermal": 22.5,
     }
     assert (stand_in.power_mode, stand_in.clocks_locked) == ("0", False)
-    assert stand_in.calls == [
+    held = [
         *(
             "nvpmodel -m 1",
             "jetson_clocks --store",
@@ -158,6 +161,9 @@ def test_the_whole_way(
             "nvpmodel -m 0",
         )
     ]
+    assert stand_in.calls == held
+    assert session.profile(engine, images[100], PREPROCESSING).times_ms
+    assert stand_in.calls == held * 2
 
     found = session.evaluate(engine, images, PREPROCESSING)
     here = local_session(load_target("host"), work.with_name("here"))
@@ -388,3 +394,24 @@ def test_many_models_share_one_connection(
     for index in range(2):
         session.build(write_model(tmp_path / f"{index}.onnx", weight=0.01 + index))
     assert (server.folder / "sshd.log").read_text().count("Accepted publickey") == 1
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_a_port_leads_to_where_it_listens(
+    host: str, start: Callable[..., Sshd], ssh: Callable[[Path], Ssh]
+) -> None:
+    """What listens there on one loopback address alone is reached from here, and only meanwhile."""
+    transport = ssh(start().config)
+    transport.run(["true"])
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as listening:
+        listening.settimeout(10)
+        with (
+            transport.forward(host, listening.getsockname()[1]) as here,
+            socket.create_connection(here, 10) as near,
+            listening.accept()[0] as far,
+        ):
+            near.sendall(b"to the device")
+            assert far.recv(100) == b"to the device"
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(here, 10)

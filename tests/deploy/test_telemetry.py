@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from edgeprune.deploy.device import system
-from edgeprune.deploy.device.telemetry import Telemetry, ina3221_mw, parse_tegrastats
+from edgeprune.deploy.device.power import clocks_locked
+from edgeprune.deploy.device.telemetry import Telemetry, clocks, ina3221_mw, parse_tegrastats
 
 NANO = (
     "RAM 330/3964MB (lfb 758x4MB) SWAP 0/1982MB (cached 0MB) CPU [5%@102,0%@102,0%@102,0%@102] EMC_FREQ 0% "
@@ -98,6 +99,50 @@ def test_power_is_voltage_times_current(tmp_path: Path, monkeypatch: pytest.Monk
     (monitor / "in7_label").write_text("sum of shunt voltages\n")
     (monitor / "in7_input").write_text("12\n")
     assert ina3221_mw() == {"VDD_IN": pytest.approx(5976), "VDD_CPU": 0}
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
+
+
+@pytest.mark.parametrize(
+    "gpu", ["57000000.gpu", "17000000.gp10b", "17000000.gv11b", "17000000.ga10b", "17000000.gpu"]
+)
+def test_clocks_are_read_under_each_board_s_name(
+    gpu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hz of the GPU and kHz of the processors are MHz, its load is in tenths of a percent; the video engine's
+    clock is not the GPU's. Locked means that least and greatest agree for both."""
+    monkeypatch.setattr(system, "ROOT", str(tmp_path))
+    assert clocks() == {}
+    folder = tmp_path / "sys/class/devfreq" / gpu
+    write(folder / "cur_freq", "921600000")
+    write(folder / "device/load", "987")
+    write(tmp_path / "sys/class/devfreq/15340000.vic/cur_freq", "601600000")
+    for number, khz in enumerate(("1479000", "102000")):
+        policy = tmp_path / f"sys/devices/system/cpu/cpufreq/policy{number}"
+        write(policy / "scaling_cur_freq", khz)
+        write(policy / "scaling_min_freq", "1479000")
+        write(policy / "scaling_max_freq", "1479000")
+    assert clocks() == {"gpu_mhz": [921.6], "cpu_mhz": [1479.0, 102.0], "gpu_percent": 98.7}
+    write(folder / "min_freq", "76800000")
+    write(folder / "max_freq", "921600000")
+    assert clocks_locked() is False
+    write(folder / "min_freq", "921600000")
+    assert clocks_locked() is True
+
+
+def test_a_placeholder_is_no_temperature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PMIC-Die stands at 100 degrees on every Nano, and sensors that are off at -256: neither is measured."""
+    monkeypatch.setattr(system, "ROOT", str(tmp_path))
+    for number, (zone, value) in enumerate(
+        (("AO-therm", "41500"), ("PMIC-Die", "100000"), ("CV0", "-256000"), ("GPU-therm", "99500"))
+    ):
+        folder = tmp_path / f"sys/class/thermal/thermal_zone{number}"
+        write(folder / "type", zone)
+        write(folder / "temp", value)
+    assert system.temperatures_c() == {"AO-therm": 41.5, "GPU-therm": 99.5}
 
 
 def test_samples_take_the_newest_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

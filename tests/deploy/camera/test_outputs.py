@@ -64,6 +64,18 @@ def test_a_live_video_keeps_time(work_folder: Path) -> None:
     assert len(saved) == pytest.approx(10 * times_s[-1], abs=1.1)
 
 
+def test_an_outage_is_a_second_of_a_live_video(work_folder: Path) -> None:
+    """A camera that comes back after an hour adds no hour of the same picture; from then on time is kept again."""
+    video, image = Video("clip.avi", True), frames(1)[0]
+    times = []
+    for time_s in (100.0, 100.1001, 3700.1001, *(3700.1001 + number / 5 for number in range(1, 11))):
+        times.append(video.due(time_s))
+        video.add(image, times[-1], 30.0)
+    assert times == [1, 1, 10, *[2] * 10]
+    video.close()
+    assert len(read_video(work_folder / "clip.avi")) == 32
+
+
 def test_a_video_without_a_frame_leaves_nothing(work_folder: Path) -> None:
     """No frame, no file."""
     video = Video("clip.avi", True)

@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 from camera_jobs import MjpegServer, camera_job, descendants, wait_for
 from sshd import Sshd
+from stand_in import StandIn
 from systemd import FakeSystemctl, real_systemd
 
 from edgeprune.deploy import camera_service
-from edgeprune.deploy.camera_service import install_service, remove_service
+from edgeprune.deploy.camera_service import Service, install_service, remove_service
 from edgeprune.deploy.errors import DeviceError
 from edgeprune.deploy.records import Engine
 from edgeprune.deploy.session import Session
 from edgeprune.deploy.targets import load_target
-from edgeprune.deploy.transport import Ssh
+from edgeprune.deploy.transport import Local, Ssh
 
 TOKEN = "nobody-else-reads-this"
 
@@ -40,9 +41,20 @@ def service_job(engine: Engine, source: str = "/dev/video0", **fields: Any) -> d
     return camera_job(engine, source, **{"listen": listen, **fields})
 
 
+def install(session: Session, job: dict[str, Any], name: str) -> Service:
+    """Install a job whose engines are built already."""
+    engines = dict(zip(job["names"], map(Engine.from_json, job["engines"]), strict=True))
+    return install_service(session, job, name, lambda: engines)
+
+
+def source_of(folder: Path) -> str:
+    source: str = json.loads((folder / "job.json").read_text())["source"]
+    return source
+
+
 def test_what_systemd_is_told(session: Session, engine: Engine, work: Path, systemctl: FakeSystemctl) -> None:
     """The unit is linked, started and waited for; nobody else reads the token; removal leaves nothing."""
-    service = install_service(session, service_job(engine), "door")
+    service = install(session, service_job(engine), "door")
     folder = work / "services" / "door"
     assert service.unit == "edgeprune-door.service"
     assert service.path == str(folder / service.unit)
@@ -62,7 +74,7 @@ def test_what_systemd_is_told(session: Session, engine: Engine, work: Path, syst
         "NotifyAccess=all",
         "WatchdogSec=30",
         "Restart=always",
-        "StartLimitBurst=100",
+        "StartLimitIntervalSec=0",  # a camera may be plugged in again after any time
     ):
         assert line in service.text.splitlines()
     remove_service(session, "door")
@@ -81,7 +93,7 @@ def test_a_service_outlives_clean(
 ) -> None:
     """After `clean` the engine is still there, and the agent runs its job from the service's folder alone."""
     video = work.parent / "nothing.avi"
-    install_service(session, service_job(engine, str(video), listen=None), "door")
+    install(session, service_job(engine, str(video), listen=None), "door")
     session.clean()
     assert not (work / engine.path).exists()
     folder = Path("services/door")
@@ -94,16 +106,90 @@ def test_a_service_outlives_clean(
     assert (work / job["engines"][0]["path"]).is_file()
 
 
+def test_a_service_holds_power_mode_and_clocks(
+    engine: Engine, work: Path, tmp_path: Path, systemctl: FakeSystemctl
+) -> None:
+    """They are those of the session: set when systemd starts the camera, put back when it ends."""
+    session = Session(load_target("host"), Local(work), power_mode="5W", lock_clocks=True)
+    install(session, service_job(engine, str(work.parent / "nothing.avi"), listen=None), "door")
+    board = StandIn(tmp_path / "jetson")
+    command = [sys.executable, "services/door/agent.zip", "camera", "services/door/job.json", "result.json"]
+    subprocess.run(command, cwd=work, env={**os.environ, **board.environment}, check=False)
+    assert [call.partition(" /")[0] for call in board.calls] == [
+        "nvpmodel -m 1",
+        "jetson_clocks --store",
+        "jetson_clocks ",
+        "jetson_clocks --restore",
+        "nvpmodel -m 0",
+    ]
+
+
 def test_installing_again_replaces(
     session: Session, engine: Engine, work: Path, systemctl: FakeSystemctl
 ) -> None:
-    """The old one is stopped first and nothing of it stays."""
-    install_service(session, service_job(engine), "door")
-    (work / "services" / "door" / "old.engine").touch()
-    install_service(session, service_job(engine, "csi://0"), "door")
-    assert "--user disable --now edgeprune-door.service" in systemctl.calls[3:]
-    assert not (work / "services" / "door" / "old.engine").exists()
-    assert json.loads((work / "services" / "door" / "job.json").read_text())["source"] == "csi://0"
+    """The old one is stopped before engines are built, and nothing of it stays."""
+    install(session, service_job(engine), "door")
+    folder = work / "services" / "door"
+    (folder / "old.engine").touch()
+
+    def prepare() -> dict[str, Engine]:
+        assert systemctl.calls[3:] == ["--user stop edgeprune-door.service"]
+        return {"step 0": engine}
+
+    install_service(session, service_job(engine, "csi://0"), "door", prepare)
+    assert not (folder / "old.engine").exists()
+    assert source_of(folder) == "csi://0"
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize(
+    ("interruption", "said"),
+    [(DeviceError("no memory"), "no memory"), (KeyboardInterrupt(), "Interrupted")],
+)
+def test_what_fails_to_replace_leaves_the_old_one(
+    session: Session,
+    engine: Engine,
+    work: Path,
+    systemctl: FakeSystemctl,
+    interruption: BaseException,
+    said: str,
+) -> None:
+    """It has its files again and is started, and the error says so; after ctrl-C, too."""
+    install(session, service_job(engine), "door")
+    folder = work / "services" / "door"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def prepare() -> dict[str, Engine]:
+        raise interruption
+
+    with pytest.raises(type(interruption)) as raised:
+        install_service(session, service_job(engine, "csi://0"), "door", prepare)
+    assert str(raised.value) == f"{said}; the service that was there before runs again"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert systemctl.calls[-1] == "--user restart edgeprune-door.service"
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_an_installation_that_was_cut_off_has_not_lost_the_old_one(
+    session: Session, engine: Engine, work: Path, systemctl: FakeSystemctl
+) -> None:
+    """The host went away while the old service was set aside: it is what the next failure brings back."""
+    install(session, service_job(engine), "door")
+    folder = work / "services" / "door"
+    older = folder.with_name("door.old")
+    folder.rename(older)
+    folder.mkdir()  # begun, and cut off
+    broken = {**service_job(engine, "csi://0"), "engines": [{**engine.to_json(), "path": "engines/none"}]}
+    with pytest.raises(DeviceError, match=r"engines/none.*; the service that was there before runs again"):
+        install(session, broken, "door")
+    assert source_of(folder) == "/dev/video0"
+    folder.rename(older)
+    install(session, service_job(engine, "csi://0"), "door")
+    assert source_of(folder) == "csi://0"
+    assert not older.exists()
+    folder.rename(older)
+    remove_service(session, "door")
+    assert not older.exists()
 
 
 @pytest.mark.parametrize(
@@ -120,7 +206,7 @@ def test_systemd_refuses(
     """One line says what and why, and nothing is left."""
     systemctl.answers(status, says)
     with pytest.raises(DeviceError, match=told) as raised:
-        install_service(session, service_job(engine), "door")
+        install(session, service_job(engine), "door")
     assert "\n" not in str(raised.value)
     assert not (work / "services" / "door").exists()
 
@@ -129,20 +215,20 @@ def test_what_is_no_service(session: Session, engine: Engine, work: Path, system
     """A name that leaves its folder, what fills the disk, ends, or is not at the same place; a file of the host's."""
     for name in ("../door", "Door", "", "-x", "a b", "door\n", "x" * 33):
         with pytest.raises(DeviceError, match="no name"):
-            install_service(session, service_job(engine), name)
+            install(session, service_job(engine), name)
         with pytest.raises(DeviceError, match="no name"):
             remove_service(session, name)
     for field in ("save", "snapshots", "jsonl"):
         with pytest.raises(DeviceError, match="fill the device's disk"):
-            install_service(session, service_job(engine, **{field: "x"}), "door")
+            install(session, service_job(engine, **{field: "x"}), "door")
     for field in ("max_frames", "max_seconds"):
         with pytest.raises(DeviceError, match="is started again"):
-            install_service(session, service_job(engine, **{field: 5}), "door")
+            install(session, service_job(engine, **{field: 5}), "door")
     with pytest.raises(DeviceError, match="--listen"):
         listen = {"host": "127.0.0.1", "port": 0, "token": None}
-        install_service(session, service_job(engine, listen=listen), "door")
+        install(session, service_job(engine, listen=listen), "door")
     with pytest.raises(DeviceError, match="copy the file"):
-        install_service(session, service_job(engine, "files/0123.avi"), "door")
+        install(session, service_job(engine, "files/0123.avi"), "door")
     assert systemctl.calls == []
     assert not (work / "services").exists()
 
@@ -154,7 +240,7 @@ def test_over_ssh(tmp_path: Path, work: Path, model: Path, agent_python: Callabl
     transport = Ssh("board", str(work), agent_python("3.6"), server.config)
     session = Session(load_target("jetson-nano").without_tensorrt(), transport)
     try:
-        service = install_service(session, service_job(session.build(model)), "door")
+        service = install(session, service_job(session.build(model)), "door")
         assert fake.calls[-1] == "--user restart edgeprune-door.service"
         assert f'ExecStart="{agent_python("3.6")}" services/door/agent.zip' in service.text
         assert f"WorkingDirectory={work.resolve()}\n" in service.text
@@ -203,7 +289,7 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for name in ("XDG_CONFIG_HOME", "DBUS_SESSION_BUS_ADDRESS"):
             monkeypatch.delenv(name, raising=False)
         quick = camera_service.UNIT
-        for line, shorter in (("RestartSec=15", 1), ("WatchdogSec=30", 4), ("TimeoutStopSec=20", 6)):
+        for line, shorter in (("RestartSec=30", 1), ("WatchdogSec=30", 4), ("TimeoutStopSec=20", 6)):
             assert line in quick
             quick = quick.replace(line, f"{line.partition('=')[0]}={shorter}")
         monkeypatch.setattr(camera_service, "UNIT", quick)
@@ -219,7 +305,7 @@ def test_a_real_systemd_runs_it(session: Session, engine: Engine, work: Path, sy
     """Started, restarted after a crash and after a hang, stopped in order; no process is left."""
     network = MjpegServer(30)
     job = service_job(engine, f"http://127.0.0.1:{network.port}/", listen=None)
-    service = install_service(session, job, "door")
+    service = install(session, job, "door")
     unit = service.unit
     assert property_of(unit, "ActiveState") == "active"
     assert property_of(unit, "UnitFileState") in ("enabled", "linked")
@@ -254,7 +340,33 @@ def test_a_real_systemd_and_no_camera(session: Session, engine: Engine, work: Pa
     """A camera that does not start says why, at once, and no service is left behind."""
     start = time.monotonic()
     with pytest.raises(DeviceError, match="/dev/video77"):
-        install_service(session, service_job(engine, "/dev/video77", listen=None), "door")
+        install(session, service_job(engine, "/dev/video77", listen=None), "door")
     assert time.monotonic() - start < 60
     assert not (work / "services" / "door").exists()
     assert property_of("edgeprune-door.service", "LoadState") == "not-found"
+
+
+def test_a_real_systemd_has_the_old_camera_again(
+    session: Session, engine: Engine, work: Path, systemd: None
+) -> None:
+    """A new one that gives no frame leaves the old one running; one that does not start either is said to be back."""
+    network = MjpegServer(30)
+    unit, folder = "edgeprune-door.service", work / "services" / "door"
+    address = f"http://127.0.0.1:{network.port}/"
+    install(session, service_job(engine, address, listen=None), "door")
+    first = property_of(unit, "MainPID")
+    missing = service_job(engine, "/dev/video77", listen=None)
+    with pytest.raises(DeviceError, match=r"/dev/video77.*; the service that was there before runs again"):
+        install(session, missing, "door")
+    assert property_of(unit, "ActiveState") == "active"
+    assert property_of(unit, "MainPID") not in (first, "0")
+    assert source_of(folder) == address
+    network.close()
+    with pytest.raises(DeviceError, match=r"is back and does not start either: .*Connection refused"):
+        install(session, missing, "door")
+    assert source_of(folder) == address
+    network = MjpegServer(30, network.port)
+    wait_for(lambda: property_of(unit, "ActiveState") == "active", "systemd does not go on trying", 40)
+    remove_service(session, "door")
+    network.close()
+    assert not list(folder.parent.iterdir())

@@ -95,10 +95,6 @@ class ProfilingVerbosity(_Double):
     DETAILED = "detailed"
 
 
-class LayerInformationFormat(_Double):
-    JSON = "json"
-
-
 class TensorIOMode(_Double):
     INPUT, OUTPUT = "input", "output"
 
@@ -297,28 +293,25 @@ class Runtime(_Double):
         return ICudaEngine(model)
 
 
-class EngineInspector(_Double):
-    def get_engine_information(self, layout):
-        return '{"Layers": []}'
-
-
 class ICudaEngine(_Double):
     def __init__(self, model):
         self._session = _session(model)
         self._io = self._session.get_inputs() + self._session.get_outputs()
         self._input_count = len(self._session.get_inputs())
-        for name in ("num_bindings", "num_io_tensors"):
+        for name, value in (
+            ("num_bindings", len(self._io)),
+            ("num_io_tensors", len(self._io)),
+            ("device_memory_size", 5 << 20),
+            ("device_memory_size_v2", 5 << 20),
+        ):
             if ("ICudaEngine", name) in _NAMES:
-                setattr(self, name, len(self._io))
+                setattr(self, name, value)
 
     def _index(self, name):
         return [value.name for value in self._io].index(name)
 
     def create_execution_context(self):
         return IExecutionContext(self)
-
-    def create_engine_inspector(self):
-        return EngineInspector()
 
     def get_binding_name(self, index):
         return self._io[index].name

@@ -19,7 +19,8 @@ from edgeprune.export.model import export_onnx
 from edgeprune.pruning.graph import Network
 from edgeprune.pruning.records import MeasuredLatency
 
-OPTIONS = BenchmarkOptions(runs=120, block_runs=10)  # 12 rounds: enough for an interval
+# 12 rounds are enough for an interval, and many networks are timed.
+OPTIONS = BenchmarkOptions(runs=120, min_seconds=0.0, block_runs=10)
 
 
 def exporter(detector: Detector, target: Target, precision: str) -> Callable[[Network, Path], None]:
@@ -64,7 +65,7 @@ def time_together(
 
 
 class EngineTimer:
-    """Called with a network, gives the latency of its engine on the session's device.
+    """Called with a network, gives latency and memory of its engine on the session's device.
 
     For a run whose budget is a latency. The weights do not matter, so it is done before any fine-tuning.
     """
@@ -106,7 +107,7 @@ class EngineTimer:
             self.unpruned_ms = unpruned.p50_ms
         ratio = narrowed.to_first
         low, high = (end and end * self.unpruned_ms for end in (ratio.low, ratio.high))
-        return MeasuredLatency(ratio.value * self.unpruned_ms, low, high)
+        return MeasuredLatency(ratio.value * self.unpruned_ms, low, high, engines[1].memory_mib)
 
     def _built(self, network: Network, path: Path) -> Engine:
         self.export(network, path)

@@ -37,10 +37,10 @@ from edgeprune.deploy.session import Session
 from edgeprune.deploy.targets import Target
 from edgeprune.detectors.protocol import Progress
 from edgeprune.export.target import STRONGLY_TYPED
+from edgeprune.pruning.footprint import footprint
 from edgeprune.pruning.graph import Network
 from edgeprune.pruning.groups import Groups
 from edgeprune.pruning.latency import (
-    VERSION,
     KindCosts,
     LatencyTable,
     LatencyTerms,
@@ -54,10 +54,12 @@ from edgeprune.pruning.latency import (
     latency_terms,
     read_record,
 )
+from edgeprune.pruning.memory import Footprint, MeasuredMemory, MemoryModel
 from edgeprune.pruning.surgery import remove
 
 T = TypeVar("T")
 
+CACHE_VERSION = 1  # changes when what is measured does: then nothing kept holds
 ROUNDS = 3  # in which every file of a kind is profiled once, in random order
 PROFILE_RUNS = 15
 NETWORKS = 16  # whole networks that are measured
@@ -112,7 +114,6 @@ def measure_table(
     terms = latency_terms(groups)
     wanted = _wanted(terms)
     made_for = {
-        "version": VERSION,
         "device": info.board,
         "target": session.target.name,
         "backend": info.backend,
@@ -121,7 +122,7 @@ def measure_table(
         "options": dict(options or {}),
         "power_mode": session.power_mode or info.power_mode,
     }
-    folder = cache / _hash(made_for)
+    folder = cache / _hash({"version": CACHE_VERSION, **made_for})
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         device = _Device(session, preprocessing, precision, dict(options or {}), Path(temporary), seed)
@@ -194,6 +195,8 @@ class _Networks:
     measured_ms: tuple[float, ...]  # of the engine, interleaved, nothing profiled
     convolutions_ms: tuple[float, ...]  # the profile's sum over the kernels of convolutions
     rest_ms: tuple[float, ...]  # over all others
+    footprints: tuple[Footprint, ...]
+    memory_mib: tuple[float, ...] | None  # of the engine; None: the device does not tell
     power_w: float | None
     disturbed: str | None
 
@@ -451,10 +454,13 @@ def _measure_networks(
     export: Callable[[Network, Path], object],
 ) -> _Networks:
     engines: list[tuple[Path, Engine]] = []
-    sizes = []
-    for number, gone in enumerate(_removals(groups, _rest_step(measured), device.seed)):
+    sizes, footprints = [], []
+    step = _rest_step(measured)
+    for number, gone in enumerate(_removals(groups, step, device.seed)):
         path = device.folder / f"network{number}.onnx"
-        export(remove(groups, gone), path)
+        network = remove(groups, gone)
+        export(network, path)
+        footprints.append(footprint(network, step))
         engines.append((path, device.build(path)))
         taken = Counter(f for unit in gone for f, count in terms.members[unit].items() for _ in range(count))
         sizes.append(tuple(int(size) - taken[factor] for factor, size in enumerate(terms.sizes)))
@@ -475,9 +481,17 @@ def _measure_networks(
         ),
         convolutions_ms=tuple(convolutions for convolutions, _ in kernels),
         rest_ms=tuple(rest for _, rest in kernels),
+        footprints=tuple(footprints),
+        memory_mib=_memory_mib([engine for _, engine in engines]),
         power_w=_power_w(device, engines[0][1]) if tells_power(latencies.telemetry) else None,
         disturbed=_disturbed(latencies, [engine for _, engine in engines]),
     )
+
+
+def _memory_mib(engines: Sequence[Engine]) -> tuple[float, ...] | None:
+    """Of all engines; None where the device does not tell that of each."""
+    told = tuple(engine.memory_mib for engine in engines if engine.memory_mib)
+    return told if len(told) == len(engines) else None
 
 
 def _power_w(device: _Device, engine: Engine) -> float | None:
@@ -559,7 +573,8 @@ def _table(
         without = fitted(table, observed[:index] + observed[index + 1 :])
         channels = {use.layer: use.out_channels for use in own.uses if use.kind.measured}
         evidence.append(MeasuredNetwork(channels, own.measured_ms, without.predict_ms(own.uses)))
-    return replace(fitted(table, observed), networks=tuple(evidence))
+    memory = networks.memory_mib and fitted_memory(networks.footprints, networks.memory_mib)
+    return replace(fitted(table, observed), networks=tuple(evidence), memory=memory or None)
 
 
 def _in_ms(costs: KindCosts, reference_ms: float) -> KindCosts:
@@ -622,6 +637,27 @@ def fitted(table: LatencyTable, networks: Sequence[Observed]) -> LatencyTable:
         for op, ms, more in zip(ops, terms[: len(ops)], terms[len(ops) :], strict=True)
     )
     return replace(table, scale=engine * scale, constant_ms=engine * constant_ms, rest=rest)
+
+
+def fitted_memory(footprints: Sequence[Footprint], memory_mib: Sequence[float]) -> MemoryModel:
+    """The model that suits the memory of whole networks' engines, and how it predicts each of them without it.
+
+    The relative errors' least squares, with no negative coefficient.
+    """
+    measured = np.array(memory_mib)
+    columns = np.array([(1.0, each.weights_mib, each.activations_mib) for each in footprints])
+    relative = columns / measured[:, None]
+
+    def fit(chosen: np.ndarray) -> np.ndarray:
+        coefficients: np.ndarray = nnls(relative[chosen], np.ones(chosen.sum()))[0]
+        return coefficients
+
+    numbers = np.arange(len(measured))
+    evidence = tuple(
+        MeasuredMemory(float(measured[own]), float(columns[own] @ fit(numbers != own))) for own in numbers
+    )
+    constant_mib, per_weight, per_activation = fit(numbers >= 0).tolist()
+    return MemoryModel(constant_mib, per_weight, per_activation, evidence)
 
 
 def _median_ratio(values: Sequence[float], others: Sequence[float]) -> float:

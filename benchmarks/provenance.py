@@ -3,15 +3,22 @@
 import datetime
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from edgeprune.data.files import sha256_of
 
-def provenance(command: str, packages: Sequence[str]) -> dict[str, Any]:
-    """Call it before measuring: the load average is that of whatever else runs."""
+
+def provenance(command: str, packages: Sequence[str], inputs: Sequence[Path] = ()) -> dict[str, Any]:
+    """Call it before measuring: the load average is that of whatever else runs.
+
+    Args:
+        inputs: files that the figure depends on, as labels and weights; their hashes are kept.
+    """
     return {
         "command": command,
         "commit": _commit(),
@@ -22,13 +29,22 @@ def provenance(command: str, packages: Sequence[str]) -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("edgeprune", *packages)},
+        "sha256": {path.name: sha256_of(path) for path in inputs},
     }
 
 
 def without_folders(record: Any) -> Any:
-    """The record with absolute paths cut to file names: what is committed names nobody's folders."""
+    """The record with absolute paths cut to file names: what is committed names nobody's folders.
+
+    Of a text that is called "command" each word counts.
+    """
     if isinstance(record, dict):
-        return {name: without_folders(value) for name, value in record.items()}
+        return {
+            name: shlex.join(without_folders(shlex.split(value)))
+            if name == "command" and isinstance(value, str)
+            else without_folders(value)
+            for name, value in record.items()
+        }
     if isinstance(record, list | tuple):
         return [without_folders(value) for value in record]
     return Path(record).name if isinstance(record, str) and record.startswith("/") else record

@@ -85,8 +85,17 @@ class Device:
         return cls(info.target, info.backend, info.board, info.to_json())
 
     @property
-    def identity(self) -> tuple[str, str, str]:
-        return (self.target, self.backend, self.board)
+    def power_mode(self) -> str | None:
+        return self.details.get("power_mode")
+
+    @property
+    def clocks_locked(self) -> bool | None:
+        return self.details.get("clocks_locked")
+
+    @property
+    def identity(self) -> tuple[str, str, str, str | None, bool | None]:
+        """What two benchmarks must share for their latencies to be compared."""
+        return (self.target, self.backend, self.board, self.power_mode, self.clocks_locked)
 
     @property
     def on_gpu(self) -> bool:
@@ -116,10 +125,7 @@ class LayerTime:
     time_ms: float | None  # p50; None: no kernel bears its name, it was fused into another
     in_channels: int  # of each group
     out_channels: int
-
-    @property
-    def depthwise(self) -> bool:
-        return self.in_channels == 1
+    macs_per_value: float  # for each activation read or written; weights are not counted
 
     @property
     def shape(self) -> str:
@@ -161,6 +167,7 @@ class BenchmarkResult:
     telemetry: Mapping[str, Any]  # as deploy.records.Latencies has it
     warmup_runs: int
     timer_overhead_ms: float
+    threads: int | None = None  # of one inference; None: a GPU ran it, or an older edgeprune
 
     @property
     def counted_blocks(self) -> tuple[Block, ...]:
@@ -237,7 +244,7 @@ class Report:
 
     name: str
     rows: tuple[ReportRow, ...]
-    provenance: Mapping[str, Any]  # command, versions, hashes of data and weights
+    provenance: Mapping[str, Any]  # run.json: command, date, versions, hashes of data and weights
 
     def __post_init__(self) -> None:
         if not self.rows:

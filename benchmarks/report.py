@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 
 from edgeprune.benchmarks.figures import draw
-from edgeprune.benchmarks.layers import not_faster
+from edgeprune.benchmarks.layers import NotFaster, channel_block, not_faster
 from edgeprune.benchmarks.records import SAMPLE_SCORE, SCOPES, Report
 from edgeprune.benchmarks.samples import draw_samples
 from edgeprune.benchmarks.summary import FLAG_AP_DROP, ap_drops, headline, row_figures
@@ -48,6 +48,7 @@ def report_json(report: Report, *, flag_ap_drop: float = FLAG_AP_DROP) -> dict[s
             "text": summary.text,
             "device": summary.device,
             "measured": summary.measured,
+            "choice": summary.choice,
         },
         "device": None
         if device is None
@@ -61,11 +62,11 @@ def report_json(report: Report, *, flag_ap_drop: float = FLAG_AP_DROP) -> dict[s
         },
         "scopes": dict(SCOPES),
         "rows": row_figures(report),
-        "warnings": _warnings(report, flag_ap_drop),
+        "warnings": warnings(report, flag_ap_drop),
         "layers": [
             {"iteration": row.step.iteration, **asdict(layer)} for row in report.rows for layer in row.layers
         ],
-        "not_faster": [asdict(layer) for layer in not_faster(report.rows[0].layers, report.rows[-1].layers)],
+        "not_faster": [asdict(layer) for layer in layers_not_faster(report)],
         "steps": [row.step.to_json() for row in report.rows],
         "provenance": dict(report.provenance),
     }
@@ -87,6 +88,8 @@ def report_html(report: Report, frames: Frames = NO_FRAMES, *, flag_ap_drop: flo
     rows = row_figures(report)
     details = report.device.details if report.device else {}
     on_device = measured(rows, DEVICE_COLUMNS)
+    unmeasured = [column.title for column in DEVICE_COLUMNS if column not in on_device]
+    unmeasured += ["time per layer"] * (not report.rows[-1].layers)
     return environment.get_template("report.html").render(
         report=report,
         headline=headline(report),
@@ -97,15 +100,20 @@ def report_html(report: Report, frames: Frames = NO_FRAMES, *, flag_ap_drop: flo
         on_device=on_device,
         on_budget=measured(rows, BUDGET_COLUMNS),
         budget_caption=BUDGET_CAPTION,
-        unmeasured=[column.title for column in DEVICE_COLUMNS if column not in on_device],
+        unmeasured=unmeasured,
         rows=rows,
         drawings=draw(report, rows),
         not_measured=NOT_MEASURED,
-        warnings=_warnings(report, flag_ap_drop),
-        not_faster=not_faster(report.rows[0].layers, report.rows[-1].layers),
+        warnings=warnings(report, flag_ap_drop),
+        not_faster=layers_not_faster(report),
         samples=draw_samples(report, frames),
         sample_score=SAMPLE_SCORE,
-        provenance=[*_flat(report.provenance), *_flat({"device": details}), *_parities(report)],
+        provenance=[
+            *_flat(report.provenance),
+            *_flat({"device": details}, null=NOT_MEASURED),
+            *_engines(report),
+            *_parities(report),
+        ],
     )
 
 
@@ -127,8 +135,15 @@ def write_report(
     return html, json
 
 
-def _warnings(report: Report, flag_ap_drop: float) -> list[str]:
-    """What a reader must know before using the numbers."""
+def layers_not_faster(report: Report) -> list[NotFaster]:
+    """Of the last step, the layers that were pruned in vain."""
+    if report.device is None:
+        return []
+    return not_faster(report.rows[0].layers, report.rows[-1].layers, channel_block(report.device))
+
+
+def warnings(report: Report, flag_ap_drop: float = FLAG_AP_DROP) -> list[str]:
+    """What a reader must know before using the numbers, a sentence each."""
     disturbed = {row.result.disturbed for row in report.rows if row.result and row.result.disturbed}
     return [
         *(f"The latencies were measured under a disturbance: {reason}." for reason in sorted(disturbed)),
@@ -149,6 +164,17 @@ def _left_out(data: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             )
 
 
+def _engines(report: Report) -> Iterator[tuple[str, str]]:
+    """Which model each step was measured with, and how many threads one inference had on a CPU."""
+    threads = None
+    for row in report.rows:
+        if row.result:
+            yield f"model sha256.iteration {row.step.iteration}", row.result.model_sha256
+            threads = row.result.threads
+    if report.device and not report.device.on_gpu:
+        yield from _flat(threads, "engine threads", null=NOT_MEASURED)
+
+
 def _parities(report: Report) -> Iterator[tuple[str, str]]:
     """How far each step's ONNX file is from PyTorch on real images."""
     for row in report.rows:
@@ -158,12 +184,12 @@ def _parities(report: Report) -> Iterator[tuple[str, str]]:
             yield f"ONNX against PyTorch.iteration {row.step.iteration}", text
 
 
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """A nested mapping as (dotted name, text) pairs."""
+def _flat(value: Any, name: str = "", null: str = "none") -> Iterator[tuple[str, str]]:
+    """A nested mapping as (dotted name, text) pairs, None as `null`."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _flat(inner, f"{name}.{key}" if name else str(key))
+            yield from _flat(inner, f"{name}.{key}" if name else str(key), null)
     elif isinstance(value, list | tuple):
         yield name, ", ".join(map(str, value)) or "none"
     else:
-        yield name, "none" if value is None else str(value)
+        yield name, null if value is None else str(value)

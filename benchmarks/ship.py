@@ -3,13 +3,15 @@
 import json
 import shutil
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 from edgeprune.benchmarks.errors import BenchmarkError
 from edgeprune.benchmarks.records import Report, ReportRow
+from edgeprune.benchmarks.report import warnings
 from edgeprune.benchmarks.runs import load_report
 from edgeprune.benchmarks.summary import Figures, row_figures
-from edgeprune.benchmarks.table import COLUMNS, DEVICE_COLUMNS, measured
+from edgeprune.benchmarks.table import COLUMNS, DEVICE_COLUMNS, NOT_MEASURED, measured
 from edgeprune.data.errors import EdgePruneError
 from edgeprune.data.files import read_json, sha256_of
 from edgeprune.data.operating_point import THRESHOLD_FILE, Calibration
@@ -17,8 +19,12 @@ from edgeprune.pruning.records import DetectorSpec
 
 # PyTorch takes the first two, a device the third; the records say where all came from.
 REQUIRED = ("detector.json", "weights.safetensors", "model.onnx", "export.json")
-OPTIONAL = ("parity.json", "benchmark.json")
 CARD = "MODEL_CARD.md"
+MIND = (
+    "AP holds for images like those it was measured on; measure on your own before relying on it.",
+    "Latency holds for the device, precision and versions above, and for no other.",
+    "The weights descend from the detector that was pruned: its licence and its training data's apply.",
+)
 
 
 def ship(run_dir: Path, iteration: int, out: Path) -> list[Path]:
@@ -42,7 +48,8 @@ def ship(run_dir: Path, iteration: int, out: Path) -> list[Path]:
     _check(folder)
     if out.exists():
         raise BenchmarkError(f"{out} exists: choose a new folder")
-    names = [*REQUIRED, *(name for name in OPTIONAL if (folder / name).is_file() and row.result)]
+    names = [*REQUIRED]
+    names += ["parity.json"] * (row.parity is not None) + ["benchmark.json"] * (row.result is not None)
     names += [THRESHOLD_FILE] * (_calibration(folder) is not None)
     temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     try:
@@ -80,6 +87,7 @@ def model_card(report: Report, row: ReportRow, folder: Path) -> str:
     spec = _spec(folder / "detector.json")
     rows = row_figures(report)
     first, own = rows[0], next(figures for figures in rows if figures["iteration"] == row.step.iteration)
+    shown = warnings(replace(report, rows=(report.rows[0], *[row] * (own is not first))))
     height, width = spec.input_size
     sections = [
         f"# {spec.name}, pruning iteration {row.step.iteration}",
@@ -99,9 +107,7 @@ def model_card(report: Report, row: ReportRow, folder: Path) -> str:
         "`weights.safetensors` with `detector.json` rebuild the PyTorch detector: "
         "`edgeprune.pruning.checkpoint.load_step(folder)`.",
         "## Mind",
-        "- AP holds for images like those it was measured on; measure on your own before relying on it.\n"
-        "- Latency holds for the device, precision and versions above, and for no other.\n"
-        "- The weights descend from the detector that was pruned: its licence and its training data's apply.",
+        "\n".join(f"- {sentence}" for sentence in (*shown, *MIND)),
         "## Files",
         "\n".join(f"- `{name}` sha256 {sha256_of(folder / name)}" for name in REQUIRED),
         "## Run",
@@ -150,13 +156,25 @@ def _figures(first: Figures, own: Figures) -> str:
 
 
 def _evidence(row: ReportRow) -> str:
-    if row.result is None:
+    """On what, how and in which state of the device the step was measured."""
+    result = row.result
+    if result is None:
         return ""
-    latency = row.result.latency("engine")
+    latency, device = result.latency("engine"), result.device
     runs = f", latency of {latency.runs} runs at batch 1" if latency else ""
-    disturbed = f" The measurement was disturbed: {row.result.disturbed}." if row.result.disturbed else ""
-    precision = row.result.precision
-    return f"AP on {row.result.images} images with {row.result.boxes} boxes, {precision}{runs}.{disturbed}"
+    measured = f"AP on {result.images} images with {result.boxes} boxes, {result.precision}{runs}."
+    clocks = {True: "locked", False: "not locked", None: None}
+    left_out = len(result.blocks) - len(result.counted_blocks)
+    state = {
+        device.backend: device.details.get("backends", {}).get(device.backend, {}).get("version"),
+        **({} if device.on_gpu else {"threads": result.threads}),
+        "Jetson Linux (L4T)": device.details.get("l4t"),
+        "power mode": device.power_mode,
+        "clocks": clocks[device.clocks_locked],
+        "rounds left out as disturbed": f"{left_out} of {len(result.blocks)}",
+    }
+    lines = (f"- {name}: {NOT_MEASURED if value is None else value}" for name, value in state.items())
+    return "\n".join([measured, "", *lines])
 
 
 def _made(row: ReportRow, own: Figures) -> str:

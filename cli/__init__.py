@@ -144,7 +144,7 @@ def _build(
 
     options = stages.ReportOptions(frames, flag_ap_drop)
     report = stages.build(config, run_dir, connection, resume=resume, strict=strict, options=options)
-    print_report(*report, as_json=json)
+    print_report(*report, as_json=json, flag_ap_drop=flag_ap_drop)
 
 
 @app.command("prune")
@@ -196,7 +196,8 @@ def _report(
     from edgeprune.cli import build as stages
     from edgeprune.cli.output import print_report
 
-    print_report(*stages.report(run, stages.ReportOptions(frames, flag_ap_drop)), as_json=json)
+    report = stages.report(run, stages.ReportOptions(frames, flag_ap_drop))
+    print_report(*report, as_json=json, flag_ap_drop=flag_ap_drop)
 
 
 @app.command("evaluate")

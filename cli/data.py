@@ -1,5 +1,6 @@
 """`data`: look at a data set, convert it, split it, and have a detector label new images."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -94,12 +95,12 @@ def _convert(
     images: Images = None,
     classes: Classes = None,
     strict: Strict = False,
+    json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Write a data set as COCO JSON; the images stay where they are."""
     dataset = _load(source, images, classes, strict=strict)
-    _tell_dropped(dataset)
-    _write(dataset, out)
+    _write(dataset, {out: dataset}, as_json=json)
 
 
 @data_app.command("split")
@@ -115,6 +116,7 @@ def _split(
     classes: Classes = None,
     seed: Seed = 0,
     strict: Strict = False,
+    json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Split a data set in two without leaking: whole videos, or the end of the only one; stills by lot."""
@@ -127,9 +129,7 @@ def _split(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"cannot make the folder {out}: {error.strerror}") from error
-    _tell_dropped(dataset)
-    _write(train, out / "train.json")
-    _write(val, out / "val.json")
+    _write(dataset, {out / "train.json": train, out / "val.json": val}, as_json=json)
 
 
 @data_app.command("autolabel")
@@ -146,6 +146,7 @@ def _autolabel(
         float, typer.Option(min=0.01, max=1.0, help="Lowest score of a box to write.")
     ] = 0.4,
     every: Annotated[int, typer.Option(min=1, help="Of a video, label every so many frames.")] = 10,
+    json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Label images or a video with a detector, for a person to correct: its boxes are guesses, not truth."""
@@ -159,8 +160,7 @@ def _autolabel(
     dataset = load_images(source, every).decodable()
     with progress(f"labelling {len(dataset)} images") as update:
         found = detect(network, network, dataset, progress=update)  # type: ignore[arg-type]
-    _tell_dropped(dataset)
-    _write(labelled_by(dataset, found, threshold), out)
+    _write(dataset, {out: labelled_by(dataset, found, threshold)}, as_json=json)
 
 
 def _load(path: Path, images: Path | None, classes: str | None, *, strict: bool) -> "Dataset":
@@ -176,25 +176,34 @@ def _load(path: Path, images: Path | None, classes: str | None, *, strict: bool)
     return dataset
 
 
-def _tell_dropped(dataset: "Dataset") -> None:
-    found = dataset.contents
-    if dataset.problems:
-        dropped = f"{found.dropped_images} images and {found.dropped_boxes} boxes were dropped"
-        typer.echo(
-            f"{dataset.path}: {dropped}, {found.clipped_boxes} boxes cut: `edgeprune data inspect` lists them"
-        )
-
-
-def _write(dataset: "Dataset", out: Path) -> None:
+def _write(source: "Dataset", parts: Mapping[Path, "Dataset"], *, as_json: bool) -> None:
+    """Write the files made of a data set, and say what they hold and what of it could not be used."""
+    from edgeprune.cli.output import print_json
     from edgeprune.data.writing import write_coco
 
-    folder = write_coco(dataset, out)
-    boxes = sum(len(sample.boxes) for sample in dataset.samples)
-    typer.echo(f"{out}: {len(dataset)} images, {boxes} boxes")
-    if folder is not None:
+    files = [
+        {
+            "file": str(out),
+            "images": len(part),
+            "boxes": sum(len(sample.boxes) for sample in part.samples),
+            "images_folder": None if (folder := write_coco(part, out)) is None else str(folder),
+        }
+        for out, part in parts.items()
+    ]
+    found = source.contents
+    if as_json:
+        print_json({"source": str(source.path), **asdict(found), "files": files})
+        return
+    if source.problems:
+        dropped = f"{found.dropped_images} images and {found.dropped_boxes} boxes were dropped"
         typer.echo(
-            f"its images are in {folder}: name this folder where you use it (--train-images, --images)"
+            f"{source.path}: {dropped}, {found.clipped_boxes} boxes cut: `edgeprune data inspect` lists them"
         )
+    for file in files:
+        typer.echo(f"{file['file']}: {file['images']} images, {file['boxes']} boxes")
+        if file["images_folder"]:
+            how = "name this folder where you use it (--train-images, --images)"
+            typer.echo(f"its images are in {file['images_folder']}: {how}")
 
 
 def _shown(value: object) -> str:

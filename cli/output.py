@@ -5,6 +5,7 @@ torch, which the report brings with it, is loaded only for what prints a report:
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,16 @@ if TYPE_CHECKING:
 _WIDTH_OF_A_FILE = 200  # characters: where no terminal sets the width, tables need not be squeezed
 
 
-def print_report(report: "Report", files: Sequence[Path] = (), *, as_json: bool) -> None:
-    """The report's table and headline, and where its files lie; as JSON the content of report.json."""
-    from edgeprune.benchmarks.report import report_json
-    from edgeprune.benchmarks.summary import headline, row_figures
+def print_report(
+    report: "Report", files: Sequence[Path] = (), *, as_json: bool, flag_ap_drop: float | None = None
+) -> None:
+    """The report's tables, warnings and headline, and where its files lie; as JSON the content of report.json.
+
+    Args:
+        flag_ap_drop: as for `write_report`; None: its default.
+    """
+    from edgeprune.benchmarks.report import layers_not_faster, report_json, warnings
+    from edgeprune.benchmarks.summary import FLAG_AP_DROP, headline, row_figures
     from edgeprune.benchmarks.table import (
         BUDGET_CAPTION,
         BUDGET_COLUMNS,
@@ -29,8 +36,9 @@ def print_report(report: "Report", files: Sequence[Path] = (), *, as_json: bool)
         render_table,
     )
 
+    limit = FLAG_AP_DROP if flag_ap_drop is None else flag_ap_drop
     if as_json:
-        print_json(report_json(report))
+        print_json(report_json(report, flag_ap_drop=limit))
         return
     out = console()
     device = report.device.line if report.device else "no device: prune alone has run"
@@ -42,7 +50,15 @@ def print_report(report: "Report", files: Sequence[Path] = (), *, as_json: bool)
     on_budget = measured(rows, BUDGET_COLUMNS)
     if len(on_budget) > 1:
         out.print(render_table(rows, caption=BUDGET_CAPTION, columns=on_budget))
-    out.print(headline(report).text, markup=False)
+    if in_vain := layers_not_faster(report):
+        out.print("Pruned, and not faster:")
+        print_rows([asdict(layer) for layer in in_vain], as_json=False)
+    for warning in warnings(report, limit):
+        out.print(f"Warning: {warning}", markup=False, style="yellow")
+    summary = headline(report)
+    out.print(summary.text, markup=False)
+    if summary.choice:
+        out.print(f"{summary.choice}.", markup=False, style="bold")
     for file in files:
         out.print(str(file), markup=False, soft_wrap=True)
 

@@ -1,12 +1,15 @@
 """A run's folder: what lies where, who may write, what belongs together.
 
-run.json             RunRecord: configuration, versions, hashes of data and weights, what of the data was dropped
+run.json             RunRecord: command, date, configuration, versions, hashes of data and weights, what was dropped
 step-00/ ...         one folder a step, 00 the unpruned detector
 report.html, report.json
 """
 
+import datetime
 import fcntl
 import platform
+import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -36,27 +39,32 @@ class RunRecord:
     """run.json."""
 
     config: BuildConfig
-    hashes: Mapping[
-        str, str | None
-    ]  # sha256 of "train", "val" and "weights"; None: published weights, checked on fetching
+    hashes: Mapping[str, Any]
+    """SHA-256 of "train", "val" and "weights": these by file where they are published ones, None without a file."""
     versions: Mapping[str, str]
     data: Mapping[str, Any] = field(default_factory=dict)
     """What `contents_of` says of each data set."""
+    command: str | None = None
+    """As it was typed when the run began, for a shell; with `date`, None in a run of before."""
+    date: str | None = None
 
     @classmethod
-    def of(
-        cls, config: BuildConfig, hashes: Mapping[str, str | None], data: Mapping[str, Dataset]
-    ) -> "RunRecord":
+    def of(cls, config: BuildConfig, hashes: Mapping[str, Any], data: Mapping[str, Dataset]) -> "RunRecord":
+        """The record of a run that this process begins now."""
         import torch
 
         versions = {name: version(name) for name in _PACKAGES}
         threads = str(torch.get_num_threads())  # sums depend on how they are split over threads
         versions = {"python": platform.python_version(), "threads": threads} | versions
-        return cls(config, hashes, versions, {name: contents_of(dataset) for name, dataset in data.items()})
+        contents = {name: contents_of(dataset) for name, dataset in data.items()}
+        command = shlex.join(["edgeprune", *sys.argv[1:]])
+        return cls(config, hashes, versions, contents, command, datetime.date.today().isoformat())
 
     def to_json(self) -> dict[str, Any]:
         return {
             "schema_version": SCHEMA_VERSION,
+            "command": self.command,
+            "date": self.date,
             "config": self.config.to_json(),
             "hashes": dict(self.hashes),
             "versions": dict(self.versions),
@@ -65,7 +73,8 @@ class RunRecord:
 
     def differences(self, other: "RunRecord") -> list[str]:
         """What keeps this run from going on as `other`: options, data and weights."""
-        changed = [name for name in self.hashes if self.hashes[name] != other.hashes.get(name)]
+        # A run of before has no hash of published weights.
+        changed = [name for name, found in self.hashes.items() if other.hashes.get(name) not in (None, found)]
         return self.config.differences(other.config) + [
             f"the {name} file has other contents" for name in changed
         ]
@@ -107,7 +116,14 @@ class RunFolder:
             if record["schema_version"] != SCHEMA_VERSION:
                 raise RunError(f"{self.record_path} was written by another edgeprune: start a new run")
             config = BuildConfig.from_json(record["config"])
-            return RunRecord(config, record["hashes"], record["versions"], record.get("data", {}))
+            return RunRecord(
+                config,
+                record["hashes"],
+                record["versions"],
+                record.get("data", {}),
+                record.get("command"),
+                record.get("date"),
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"{self.record_path} is damaged ({error!r}): start a new run") from error
 

@@ -29,6 +29,7 @@ class DeviceInfo:
     power_mode: str | None = None
     power_modes: tuple[str, ...] = ()  # that the board has
     clocks_locked: bool | None = None
+    avx512: bool | None = None  # decides how many channels ONNX Runtime's kernels take at once
 
     @property
     def backend_version(self) -> str | None:
@@ -66,6 +67,12 @@ class Engine:
     build_s: float
     log: tuple[str, ...]  # lines of the build worth keeping
     reused: bool  # found built
+    memory_mib: float | None = None  # its weights and activations while it runs; None: the device cannot tell
+
+    @property
+    def threads(self) -> int | None:
+        """Of one inference; None where a GPU runs it."""
+        return int(self.options.get("threads", 1)) if self.backend == "onnxruntime" else None
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "log": list(self.log)}
@@ -104,9 +111,10 @@ class Latencies:
     warmup_runs: tuple[int, ...]  # per engine
     timer_overhead_ms: float
     # "before" and "after": power_mode, clocks_locked. "samples": "time_s" on the clock of the blocks,
-    # "temperatures_c", "power_mw", "available_mib", "load", and what tegrastats tells (device/telemetry.py).
+    # "temperatures_c", "power_mw", "available_mib", "load", clocks, and what tegrastats tells (device/telemetry.py).
     telemetry: Mapping[str, Any] = field(default_factory=dict)
     idle_s: tuple[float, float] | None = None  # on the clock of the blocks: from when to when nothing ran
+    warmup_stable: tuple[bool, ...] = ()  # per engine: whether its latency was stable when warm-up ended
 
     def samples_ms(self, engine: int, scope: str) -> np.ndarray:
         """All samples of one engine in one scope, in the order of measurement."""
@@ -131,6 +139,7 @@ class Latencies:
             record["timer_overhead_ms"],
             record["telemetry"],
             tuple(record["idle_s"]) if record.get("idle_s") else None,
+            tuple(record["warmup_stable"]),
         )
 
 
@@ -139,7 +148,6 @@ class Profile:
     """Where an engine's time goes."""
 
     times_ms: Mapping[str, tuple[float, ...]]  # by layer, one value a run
-    described: str  # the engine by its runtime's inspector, as JSON; "" where there is none
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from edgeprune.data.assets import fetch
+from edgeprune.data.assets import ASSETS, fetch
 from edgeprune.data.files import atomic_path
 from edgeprune.detectors.classes import keep_classes
 from edgeprune.detectors.darknet import BORDERS, build_darknet, load_darknet
@@ -100,6 +100,12 @@ def load_detector(
     if (saved := _description(path)) is not None:
         return _load_saved(path, saved, name, input_size, classes)
     return registered.load(path, input_size, classes)
+
+
+def published_files(name: str) -> dict[str, str] | None:
+    """SHA-256 by file of a detector's published weights; None where there are none here."""
+    asset = _registered(name).asset
+    return dict(ASSETS[asset].files) if asset else None
 
 
 def save_weights(path: Path, name: str, detector: nn.Module) -> None:

@@ -4,18 +4,15 @@
 
 Reads coco-person, the street video and NanoDet-g's weights of the maintainers' data folder (EDGEPRUNE_SHARED). Each
 case is a folder under build/experiments/adaptation, so an interrupted call goes on where it stopped. Writes
-benchmarks/results/adaptation.json.
+benchmarks/results/adaptation.{json,svg}.
 """
 
 from __future__ import annotations
 
-import datetime
 import os
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,8 @@ import torch
 from torch import nn
 
 import edgeprune.data
+from edgeprune.benchmarks.figures import svg_file
+from edgeprune.benchmarks.provenance import provenance
 from edgeprune.data.dataset import Dataset, load_dataset
 from edgeprune.data.files import read_json, write_json
 from edgeprune.detectors.adaptation import AdaptOptions, adapt
@@ -33,6 +32,7 @@ from edgeprune.detectors.registry import load_detector
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("EDGEPRUNE_SHARED", ROOT.parent / "shared" / "data"))
 WORK, RESULTS = ROOT / "build" / "experiments" / "adaptation", ROOT / "benchmarks" / "results"
+WEIGHTS = SHARED / "nanodet-g" / "nanodet_g_coco80_convs.npz"
 SIZE = (320, 320)
 SELECT_SHARE = 0.2
 
@@ -87,7 +87,7 @@ def execute(case: Case) -> dict[str, Any]:
         return dict(read_json(record))
     print(case.name, flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    detector: Any = load_detector("nanodet-g", SHARED / "nanodet-g" / "nanodet_g_coco80_convs.npz", SIZE)
+    detector: Any = load_detector("nanodet-g", WEIGHTS, SIZE)
     if case.forget:
         forget_person(detector)
     images, val = data_of(case.data)
@@ -120,7 +120,19 @@ def execute(case: Case) -> dict[str, Any]:
     return found
 
 
+def plot(rows: list[dict[str, Any]]) -> None:
+    with svg_file(RESULTS / "adaptation.svg", height_in=2.4) as axes:
+        for index, row in enumerate(rows):
+            before, after = row["val_before"]["ap"], row["val_after"]["ap"]
+            axes.annotate("", (after, index), (before, index), arrowprops={"arrowstyle": "->"})
+            axes.plot(before, index, "o", color="0.6")
+            axes.plot(after, index, "o", color="C0")
+        axes.set(yticks=range(len(rows)), yticklabels=[row["case"] for row in rows], xlim=(0, 1))
+        axes.set(xlabel="AP on validation images, before (grey) and after", ylim=(len(rows) - 0.5, -0.5))
+
+
 def main() -> None:
+    origin = provenance("adaptation.py", ("torch", "numpy", "pycocotools"), [WEIGHTS])
     rows = []
     for case in CASES:
         rows.append(execute(case))
@@ -134,10 +146,7 @@ def main() -> None:
         write_json(
             RESULTS / "adaptation.json",
             {
-                "command": "python benchmarks/experiments/adaptation.py",
-                "date": datetime.date.today().isoformat(),
-                "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads (training and AP; no latency)",
-                "versions": {name: version(name) for name in ("torch", "numpy", "pycocotools", "edgeprune")},
+                "provenance": origin,
                 "detector": "NanoDet-g at 320, the rows of person of its COCO weights",
                 "sha256_of_train_and_val": {
                     name: [dataset.sha256 for dataset in data_of(name)] for name in ("coco-person", "street")
@@ -145,6 +154,7 @@ def main() -> None:
                 "cases": rows,
             },
         )
+    plot(rows)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.benchmarks.figures import svg_file
-from edgeprune.benchmarks.layers import shortfalls
+from edgeprune.benchmarks.layers import channel_block, shortfalls
 from edgeprune.benchmarks.provenance import provenance, without_folders
 from edgeprune.benchmarks.records import Report, ReportRow
 from edgeprune.benchmarks.report import write_report
@@ -105,11 +105,10 @@ def without_weights_ms(row: ReportRow) -> float | None:
 
 def lost_in(first: ReportRow, row: ReportRow, figures: Any) -> list[dict[str, Any]]:
     realised = figures["realised_speedup"]
-    if realised is None or realised >= AIM:
+    if realised is None or realised >= AIM or row.result is None:
         return []
-    return [
-        asdict(layer) | {"lost_ms": layer.lost_ms} for layer in shortfalls(first.layers, row.layers)[:SHOWN]
-    ]
+    found = shortfalls(first.layers, row.layers, channel_block(row.result.device))
+    return [asdict(layer) | {"lost_ms": layer.lost_ms} for layer in found[:SHOWN]]
 
 
 def plot(found: dict[str, list[dict[str, Any]]]) -> None:

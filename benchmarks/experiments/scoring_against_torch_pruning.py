@@ -6,7 +6,7 @@ NanoDet-g at 320, 64 training images of coco-person (EDGEPRUNE_SHARED) in batche
 is a process of its own, so that its peak memory is its own; the contenders take turns, and ratios are taken within
 each round. Reading and preparing the images is not counted, nor is importing code: torch.export, which the tracing
 uses, imports over a thousand modules at its first call (`import_s`; in the memory of both they are included). Writes
-benchmarks/results/scoring_against_torch_pruning.json.
+benchmarks/results/scoring_against_torch_pruning.{json,svg}.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgeprune.benchmarks.figures import svg_file
 from edgeprune.benchmarks.provenance import provenance
 from edgeprune.data.dataset import load_dataset
 from edgeprune.data.files import write_json
@@ -45,7 +46,10 @@ from edgeprune.pruning.schedule import SCORING_BATCH, PruningOptions
 from edgeprune.pruning.surgery import remove
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 SHARED = Path(os.environ.get("EDGEPRUNE_SHARED", ROOT.parent / "shared" / "data"))
+LABELS = SHARED / "coco-person" / "person_train2017.json"
+WEIGHTS = SHARED / "nanodet-g" / "nanodet_g_coco80_convs.npz"
 SIZE = (320, 320)
 SHARE = 0.4  # of the parameters
 CHANNEL_RATIO = 0.25  # of the channels, with which torch-pruning removes about as much
@@ -123,10 +127,8 @@ CONTENDERS: dict[str, Callable[[Any, Batches], dict[str, float]]] = {
 
 def child(contender: str, images: int) -> dict[str, float]:
     torch.set_num_threads(1)
-    folder = SHARED / "coco-person"
-    dataset = load_dataset(folder / "person_train2017.json", folder / "train2017").subset(range(images))
-    weights = SHARED / "nanodet-g" / "nanodet_g_coco80_convs.npz"
-    detector: Any = load_detector("nanodet-g", weights, SIZE).eval()
+    dataset = load_dataset(LABELS, LABELS.parent / "train2017").subset(range(images))
+    detector: Any = load_detector("nanodet-g", WEIGHTS, SIZE).eval()
     canvases = Canvases(dataset, SIZE, detector.preprocessing)
     found = [
         (batch.images, batch.targets)
@@ -151,6 +153,17 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def plot(median: dict[str, dict[str, float]]) -> None:
+    with svg_file(RESULTS / "scoring_against_torch_pruning.svg", height_in=2.2) as axes:
+        left = dict.fromkeys(median, 0.0)
+        for stage in ("groups_s", "scores_s", "removal_s"):
+            seconds = [found[stage] for found in median.values()]
+            axes.barh(list(median), seconds, left=list(left.values()), label=stage.removesuffix("_s"))
+            left = {name: left[name] + found[stage] for name, found in median.items()}
+        axes.set(xlabel="seconds, one thread", xlim=(0, 1.3 * max(left.values())))
+        axes.legend(frameon=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -162,7 +175,7 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(child(arguments.child, arguments.images)))
         return
-    origin = provenance("scoring_against_torch_pruning.py", ("torch", "torch-pruning"))
+    origin = provenance("scoring_against_torch_pruning.py", ("torch", "torch-pruning"), [LABELS, WEIGHTS])
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for number in range(arguments.rounds):
@@ -196,9 +209,9 @@ def main() -> None:
         "median_ratio_to_torch_pruning": ratios,
         "runs": runs,
     }
-    results = ROOT / "benchmarks" / "results"
-    results.mkdir(exist_ok=True)
-    write_json(results / "scoring_against_torch_pruning.json", record)
+    RESULTS.mkdir(exist_ok=True)
+    write_json(RESULTS / "scoring_against_torch_pruning.json", record)
+    plot(record["median"])
     print(json.dumps(ratios, indent=2))
 
 

@@ -5,7 +5,7 @@
 Paired: each round detects in the test frames of the example video at 320 with each number of viewers, in
 random order, as fast as it goes: letterbox, inference, NMS, boxes drawn, published. A viewer is a process of
 its own on this machine that reads all it gets; a real one would read elsewhere, so what is measured bounds
-from above what it costs. Writes benchmarks/results/second_client.json. Aim: two viewers within 1 % of one.
+from above what it costs. Writes benchmarks/results/second_client.{json,svg}. Aim: two viewers within 1 % of one.
 """
 
 import argparse
@@ -24,7 +24,9 @@ from typing import Any
 import numpy as np
 
 import edgeprune.data
+from edgeprune.benchmarks.figures import svg_file
 from edgeprune.benchmarks.provenance import provenance
+from edgeprune.benchmarks.records import Ratio
 from edgeprune.benchmarks.statistics import paired_ratio
 from edgeprune.data.dataset import load_dataset
 from edgeprune.data.files import write_json
@@ -126,6 +128,15 @@ def time_ms(detect: Callable[[], None], runs: int) -> list[float]:
     return samples
 
 
+def plot(ratios: dict[str, Ratio]) -> None:
+    with svg_file(RESULTS / "second_client.svg", height_in=1.8) as axes:
+        axes.axvline(1, color="0.7", linewidth=1)
+        values = [ratio.value for ratio in ratios.values()]
+        errors = [(r.value - (r.low or r.value), (r.high or r.value) - r.value) for r in ratios.values()]
+        axes.errorbar(values, list(ratios), xerr=np.transpose(errors), fmt="o", capsize=3)
+        axes.set(xlabel="time of a frame with so many viewers, as a ratio (95 %)", ylim=(-0.5, 1.5))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -152,6 +163,7 @@ def main() -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     write_json(RESULTS / "second_client.json", result)
+    plot({"one to none": first, "two to one": second})
     print("FPS with none, one and two viewers: " + ", ".join(f"{value:.1f}" for value in fps.values()))
     for name, ratio in (("one to none", first), ("two to one", second)):
         interval = "" if ratio.low is None else f" ({ratio.low:.4f} to {ratio.high:.4f})"

@@ -20,13 +20,6 @@ class Detections(NamedTuple):
 Log = Callable[[str], None]
 
 
-class LayerTimes(NamedTuple):
-    """Where an engine's time goes."""
-
-    times_ms: Dict[str, List[float]]  # by layer, one value a run
-    described: str  # the engine by its runtime's inspector, as JSON; "" where there is none
-
-
 class Runner:
     """An engine loaded for inference. One thread uses it."""
 
@@ -64,8 +57,12 @@ class Runner:
         """
         return None
 
-    def profile(self, images: np.ndarray, runs: int) -> LayerTimes:
-        """Time each layer in `runs` inferences of one prepared image; slower than `measure`."""
+    def profile(self, images: np.ndarray, runs: int) -> Dict[str, List[float]]:
+        """Time each layer in `runs` inferences of one prepared image; slower than `measure`.
+
+        Returns:
+            Milliseconds of each run, by layer of the engine.
+        """
         raise NotImplementedError
 
     def close(self) -> None:
@@ -101,6 +98,16 @@ class Backend:
 
         Raises:
             AgentError: If it does not load here.
+        """
+        raise NotImplementedError
+
+    def memory_mib(self, engine: str, options: Dict[str, Any]) -> Optional[float]:
+        """Say what an engine file holds of the device's memory while it runs: its weights and activations.
+
+        What no pruning changes is left out: inputs and outputs, and the runtime itself.
+
+        Returns:
+            None where it cannot be told.
         """
         raise NotImplementedError
 

@@ -4,16 +4,19 @@ No throughput apart from the latency: there are no copies to overlap, and a seco
 cores of the first.
 """
 
+import ctypes
 import json
 import os
+import re
 import shutil
 import tempfile
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 
-from .backend import Backend, Detections, LayerTimes, Log, Runner
+from .backend import Backend, Detections, Log, Runner
 from .errors import AgentError
+from .system import read_text
 
 try:
     import onnxruntime
@@ -26,6 +29,7 @@ except ImportError as error:
 
 
 KERNEL_TIME = "_kernel_time"  # ends the names of the profiler's events for kernels
+RUNS_TO_GROW = 2  # the first plans the activations' memory, the second allocates it as planned
 
 
 class OnnxRunner(Runner):
@@ -42,6 +46,7 @@ class OnnxRunner(Runner):
         shape = inputs[0].shape
         self.input_size = (shape[1], shape[2]) if self.uint8 else (shape[2], shape[3])
         self._batch = shape[0] if isinstance(shape[0], int) else 1
+        _give_back()
 
     def run(self, images: np.ndarray) -> Detections:
         if self._batch > 1:
@@ -49,7 +54,7 @@ class OnnxRunner(Runner):
         boxes, scores = self._session.run(["boxes", "scores"], {self._input: images})
         return Detections(boxes[0], scores[0])
 
-    def profile(self, images: np.ndarray, runs: int) -> LayerTimes:
+    def profile(self, images: np.ndarray, runs: int) -> Dict[str, List[float]]:
         with tempfile.TemporaryDirectory() as folder:
             settings = _settings(self._options)
             settings.enable_profiling = True
@@ -65,7 +70,20 @@ class OnnxRunner(Runner):
             if event.get("cat") == "Node" and event["name"].endswith(KERNEL_TIME):
                 layer = event["name"][: -len(KERNEL_TIME)]
                 times_ms.setdefault(layer, []).append(event["dur"] / 1e3)
-        return LayerTimes(times_ms, "")
+        return times_ms
+
+
+def _give_back() -> None:
+    """Return to the system what loading has freed: up to twice an engine's weights."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
+
+
+def _resident_mib() -> Optional[float]:
+    """This process's memory in RAM, without files that are mapped into it; None where Linux does not tell."""
+    found = re.search(r"^RssAnon:\s+(\d+) kB", read_text("/proc/self/status") or "", re.MULTILINE)
+    return int(found.group(1)) / 1024 if found else None
 
 
 def _settings(options: Dict[str, Any]) -> "onnxruntime.SessionOptions":
@@ -100,6 +118,20 @@ class OnnxRuntime(Backend):
     def load(self, engine: str, options: Dict[str, Any]) -> Runner:
         """`options`: "threads", the number of threads of one inference (default 1)."""
         return OnnxRunner(engine, options)
+
+    def memory_mib(self, engine: str, options: Dict[str, Any]) -> Optional[float]:
+        """What the process grows by."""
+        runner = OnnxRunner(engine, options)  # what the runtime sets up once, for all engines
+        shape = runner.input_size + (3,) if runner.uint8 else (3,) + runner.input_size
+        images = np.ones((1,) + shape, np.uint8 if runner.uint8 else np.float32)
+        del runner
+        _give_back()
+        before = _resident_mib()
+        runner = OnnxRunner(engine, options)
+        for _ in range(RUNS_TO_GROW):
+            runner.run(images)
+        after = _resident_mib()
+        return None if before is None or after is None else after - before
 
 
 BACKEND = OnnxRuntime()

@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 
 from . import trtexec
-from .backend import Backend, Detections, LayerTimes, Log, Runner
+from .backend import Backend, Detections, Log, Runner
 from .errors import AgentError
 from .files import disk_error
 from .system import board, memory_mib
@@ -111,6 +111,15 @@ class TensorRt(Backend):
 
     def load(self, engine: str, options: Dict[str, Any]) -> Runner:
         return TensorRtRunner(engine, options)
+
+    def memory_mib(self, engine: str, options: Dict[str, Any]) -> Optional[float]:
+        """The plan, which is weights in the main, and what an execution context works in."""
+        loaded = _deserialised(engine, options, _logger())
+        if loaded is None:
+            return None
+        newer = hasattr(loaded, "device_memory_size_v2")  # 10 has both, 11 this one alone
+        working = loaded.device_memory_size_v2 if newer else loaded.device_memory_size
+        return float((os.path.getsize(engine) + working) / MIB)
 
 
 BACKEND = TensorRt()
@@ -461,6 +470,15 @@ class _Lane:
             event.record(self.stream)
 
 
+def _deserialised(path: str, options: Dict[str, Any], logger: Any) -> Any:
+    """The engine in a file, None where it does not load."""
+    runtime = trt.Runtime(logger)
+    if options.get("dla_core") is not None:
+        runtime.DLA_core = options["dla_core"]
+    with open(path, "rb") as file:
+        return runtime.deserialize_cuda_engine(file.read())
+
+
 class TensorRtRunner(Runner):
     """An engine on the GPU. The thread that makes the first one owns the CUDA context, and alone uses it."""
 
@@ -476,11 +494,7 @@ class TensorRtRunner(Runner):
     def _load(self, path: str, options: Dict[str, Any]) -> None:
         printed = _Printed()
         self._logger = _logger()
-        runtime = trt.Runtime(self._logger)
-        if options.get("dla_core") is not None:
-            runtime.DLA_core = options["dla_core"]
-        with open(path, "rb") as file:
-            self._engine = runtime.deserialize_cuda_engine(file.read())
+        self._engine = _deserialised(path, options, self._logger)
         self._options = options
         self._lanes: List[_Lane] = []
         if self._engine is None or not self._add_lane():
@@ -550,7 +564,7 @@ class TensorRtRunner(Runner):
                 lane.enqueue()
         return time.perf_counter() - start
 
-    def profile(self, images: np.ndarray, runs: int) -> LayerTimes:
+    def profile(self, images: np.ndarray, runs: int) -> Dict[str, List[float]]:
         profiler = _Profiler()
         lane = self._lanes[0]
         lane.context.profiler = profiler
@@ -558,9 +572,7 @@ class TensorRtRunner(Runner):
         for _ in range(runs):
             lane.enqueue()
             lane.stream.synchronize()
-        inspector = self._engine.create_engine_inspector()
-        described = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-        return LayerTimes(profiler.times_ms, described)
+        return profiler.times_ms
 
     def close(self) -> None:
         # What lies on the GPU goes before the CUDA context that it belongs to.

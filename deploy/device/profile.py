@@ -16,16 +16,16 @@ def profile(job: Dict[str, Any], report: Callable[[Dict[str, Any]], None]) -> Di
     """Time the layers of an engine.
 
     Job: "engine" (its record), "image" (file reference), "preprocessing", "runs". Result: "times_ms": by
-    layer, one value a run; "described": the runtime's own description of the engine, as JSON, or "".
+    layer, one value a run.
     """
     runner = load(job["engine"])
     try:
         values, _ = runner.prepare(read_image(job["image"]), Preprocessing.from_json(job["preprocessing"]))
         runner.measure(values, WARMUP_RUNS)
-        found = runner.profile(values, job["runs"])
+        times_ms = runner.profile(values, job["runs"])
     finally:
         runner.close()
-    return {"times_ms": found.times_ms, "described": found.described}
+    return {"times_ms": times_ms}
 
 
 def time_with_trtexec(job: Dict[str, Any], report: Callable[[Dict[str, Any]], None]) -> Dict[str, Any]:

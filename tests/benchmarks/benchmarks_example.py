@@ -17,7 +17,16 @@ from edgeprune.benchmarks.statistics import summarise
 from edgeprune.pruning.records import FineTuneRecord, PruningStep
 
 HOST = Device(
-    "host", "onnxruntime", "x86_64 example processor", {"backends": {"onnxruntime": {"version": "1.18"}}}
+    "host",
+    "onnxruntime",
+    "x86_64 example processor",
+    {
+        "machine": "x86_64",
+        "l4t": None,
+        "backends": {"onnxruntime": {"version": "1.18"}},
+        "power_mode": None,
+        "clocks_locked": None,
+    },
 )
 LAYERS = {
     "backbone.conv1": 24,
@@ -46,7 +55,11 @@ def layers(iteration: int) -> tuple[LayerTime, ...]:
     kept = step(iteration).channels
     return tuple(
         LayerTime(
-            layer, 0.4 if layer == "backbone.stage3.1.conv" else 0.004 * kept[layer], kept[layer], kept[layer]
+            layer,
+            0.4 if layer == "backbone.stage3.1.conv" else 0.004 * kept[layer],
+            kept[layer],
+            kept[layer],
+            4.5 * kept[layer],  # 3 x 3
         )
         for layer in LAYERS
     )
@@ -126,6 +139,7 @@ def result(iteration: int, blocks: int = 12, runs: int = 25, device: Device = HO
         telemetry=TELEMETRY,
         warmup_runs=20,
         timer_overhead_ms=0.0001,
+        threads=1,
     )
 
 

@@ -8,6 +8,7 @@ of the step alone. All else costs by the elements it writes.
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from edgeprune.data.files import sha256_of
 from edgeprune.deploy.device.imaging import Preprocessing
 from edgeprune.deploy.records import DeviceInfo, Engine, Latencies, LatencyBlock, Profile
 from edgeprune.deploy.targets import load_target
+from edgeprune.pruning.footprint import footprint
 from edgeprune.pruning.graph import Network
 from edgeprune.pruning.latency import layer_uses
+from edgeprune.pruning.memory import Footprint, MemoryModel
 
 IN_STEP, ALIGNMENT, OUT_STEP = 16, 4, 8
 OVERHEAD_MS = 0.01
@@ -50,6 +53,7 @@ class KernelDevice:
         slowdown: call number -> factor on all times of that call.
         noise: of each run, log-normal; single runs also take three times as long, now and then.
         fails_at: the number of the profile that raises KeyboardInterrupt.
+        memory: what the engines of whole networks hold; None: it does not tell.
     """
 
     def __init__(
@@ -58,12 +62,14 @@ class KernelDevice:
         noise: float = 0.0,
         fails_at: int | None = None,
         telemetry: Callable[[float], Mapping[str, Any]] = lambda time_s: {},
+        memory: MemoryModel | None = None,
     ) -> None:
         self.target = load_target("host")
         self.power_mode = None
         self.profiles = self.benchmarks = 0
         self.probed: list[tuple[int, int]] = []  # (in, out) of every probe that was timed, once a file
         self._slowdown, self._noise, self._fails_at, self._telemetry = slowdown, noise, fails_at, telemetry
+        self._memory = memory
         self._random = random.Random(0)
         self._models: dict[str, onnx.ModelProto] = {}
 
@@ -94,7 +100,9 @@ class KernelDevice:
             self.probed += [
                 (weights[n.input[1]][1], weights[n.input[1]][0]) for n in named if n.name.startswith("probe")
             ]
-        return Engine(**{**engine(0).__dict__, "key": key})
+        held = content.graph.doc_string and Footprint(**json.loads(content.graph.doc_string))
+        memory_mib = self._memory.predict_mib(held) if self._memory and held else None
+        return Engine(**{**engine(0).__dict__, "key": key, "memory_mib": memory_mib})
 
     def profile(self, engine: Engine, image: Path, preprocessing: Preprocessing, *, runs: int) -> Profile:
         self.profiles += 1
@@ -103,7 +111,7 @@ class KernelDevice:
         factor = self._slowdown(self.profiles)
         times = _times(self._models[engine.key])
         return Profile(
-            {name: tuple(self._run(ms) * factor for _ in range(runs)) for name, ms in times.items()}, ""
+            {name: tuple(self._run(ms) * factor for _ in range(runs)) for name, ms in times.items()}
         )
 
     def _run(self, ms: float) -> float:
@@ -159,7 +167,9 @@ def export(network: Network, path: Path) -> None:
         )
     inputs = [helper.make_tensor_value_info("images", TensorProto.FLOAT, (1, 3, 4, 4))]
     nodes.append(helper.make_node("Identity", ["images"], ["rest"], name="rest", doc_string=str(rest_ms)))
-    onnx.save(helper.make_model(helper.make_graph(nodes, "network", inputs, [], weights)), path)
+    held = json.dumps(asdict(footprint(network, OUT_STEP)))
+    graph = helper.make_graph(nodes, "network", inputs, [], weights, doc_string=held)
+    onnx.save(helper.make_model(graph), path)
 
 
 def _weights(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:

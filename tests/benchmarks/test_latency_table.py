@@ -1,6 +1,7 @@
 """Stairs, drift, interruption and cost of measuring, on a device whose kernels' costs are known; a small one
 on ONNX Runtime."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from kernel_device import KernelDevice, export, kernel_ms
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,15 +21,17 @@ from torch.nn import functional
 from edgeprune.benchmarks.errors import BenchmarkError
 from edgeprune.benchmarks.latency_figure import draw_stairs
 from edgeprune.benchmarks.latency_probes import Probe, probe_times, write_probes
-from edgeprune.benchmarks.latency_table import find_stairs, measure_table
+from edgeprune.benchmarks.latency_table import find_stairs, fitted_memory, measure_table
 from edgeprune.deploy.device.imaging import Preprocessing
 from edgeprune.deploy.records import Profile
 from edgeprune.deploy.session import local_session
 from edgeprune.deploy.targets import Target, known_targets, load_target
 from edgeprune.export.check import check_model
+from edgeprune.pruning.footprint import footprint
 from edgeprune.pruning.graph import trace
 from edgeprune.pruning.groups import Groups, find_groups
 from edgeprune.pruning.latency import DEPTHWISE, LatencyTable, LayerKind, Stairs, layer_uses
+from edgeprune.pruning.memory import Footprint, MemoryModel
 from edgeprune.pruning.surgery import remove
 
 PREPROCESSING = Preprocessing("bgr", (0.0,) * 3, (1.0,) * 3)
@@ -124,6 +129,47 @@ def test_networks_of_other_widths_are_predicted(groups: Groups, tmp_path: Path) 
         assert table.predict_ms(network) == pytest.approx(truth, rel=0.06)
 
 
+def test_memory_is_fitted_to_whole_networks(groups: Groups, tmp_path: Path) -> None:
+    """The parts that the device's engines are made of are found, so that each is predicted by the others; what was
+    kept of kernels before memory was measured is not measured again, whole networks are."""
+    truth = MemoryModel(1.5, 1.1, 2.5, ())
+    table = measured(KernelDevice(), groups, tmp_path)
+    assert table.memory is None
+    networks = next(tmp_path.rglob("networks-*.json"))
+    record = json.loads(networks.read_text())
+    del record["memory_mib"], record["footprints"]
+    networks.write_text(json.dumps(record))
+    later = KernelDevice(memory=truth)
+    table = measured(later, groups, tmp_path)
+    assert len(later.probed) == 0
+    assert later.benchmarks == 1
+    assert table.memory is not None
+    found = (table.memory.constant_mib, table.memory.per_weight, table.memory.per_activation)
+    assert found == pytest.approx((1.5, 1.1, 2.5))
+    assert len(table.memory.networks) == len(table.networks)
+    assert table.memory.median_error == pytest.approx(0, abs=1e-9)
+    assert table.memory.networks[0].measured_mib == pytest.approx(
+        truth.predict_mib(footprint(groups.network, kernel_device.OUT_STEP))
+    )
+
+
+@given(
+    st.tuples(st.floats(0, 5), st.floats(0.5, 2), st.floats(0.5, 4)),
+    st.floats(0, 0.05),
+    st.integers(0, 99),
+)
+def test_a_fit_of_noisy_memory(truth: tuple[float, float, float], noise: float, seed: int) -> None:
+    """No part is below 0, and networks that were left out are predicted within a few times the noise."""
+    rng = np.random.default_rng(seed)
+    held = [Footprint(*each) for each in rng.uniform((1, 2), (15, 6), (16, 2)).tolist()]
+    exact = [MemoryModel(*truth, ()).predict_mib(each) for each in held]
+    model = fitted_memory(held, [mib * float(rng.normal(1, noise)) for mib in exact])
+    assert min(model.constant_mib, model.per_weight, model.per_activation) >= 0
+    assert model.median_error is not None
+    assert model.median_error <= 4 * noise + 1e-6
+    assert [model.predict_mib(each) for each in held] == pytest.approx(exact, rel=4 * noise + 1e-6)
+
+
 def test_only_steps_are_measured(groups: Groups, tmp_path: Path) -> None:
     """Few counts: of a kind with 64 x 96 channels under 2 % of the pairs."""
     device = KernelDevice()
@@ -205,7 +251,7 @@ def test_stairs_from_few_costs(step: int, overhead: float) -> None:
 def test_a_profile_that_does_not_tell_kernels_apart_is_refused() -> None:
     """An engine that merged them gives no table rather than a wrong one."""
     with pytest.raises(BenchmarkError, match="cannot be timed one by one"):
-        probe_times(Profile({"one kernel for all": (1.0, 1.0)}, ""), 3)
+        probe_times(Profile({"one kernel for all": (1.0, 1.0)}), 3)
 
 
 KINDS = [

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,8 +11,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgeprune.benchmarks.errors import BenchmarkError
-from edgeprune.benchmarks.layers import layer_times, not_faster, shortfalls
-from edgeprune.benchmarks.records import LayerTime
+from edgeprune.benchmarks.layers import channel_block, layer_times, not_faster, shortfalls
+from edgeprune.benchmarks.records import Device, LayerTime
 
 
 @pytest.fixture
@@ -52,10 +53,47 @@ def test_fused_names_of_tensorrt(model: Path) -> None:
     """
     times = {"stem + PWN(stem/LeakyRelu)": 0.5, "blocks.10 || blocks.1": 0.25, "Reformatting CopyNode": 9.0}
     assert layer_times(model, times) == (
-        LayerTime("stem", 0.5, 3, 8),
-        LayerTime("blocks.1", None, 1, 8),
-        LayerTime("blocks.10", 0.25, 8, 16),
+        LayerTime("stem", 0.5, 3, 8, 8 * 3 * 9 / (3 + 8)),
+        LayerTime("blocks.1", None, 1, 8, 8 * 9 / (8 + 8)),
+        LayerTime("blocks.10", 0.25, 8, 16, 8 * 16 / (8 + 16)),
     )
+
+
+def test_an_engine_whose_kernels_bear_no_layers_names_is_not_profiled(model: Path) -> None:
+    """Where no kernel can be mapped there are no layers at all: none was fused into another one."""
+    assert layer_times(model, {"[Myelin] ForeignNode 0": 1.0, "copy": 0.5}) == ()
+
+
+@pytest.mark.parametrize(
+    ("operator", "weights", "attributes", "macs", "values"),
+    [
+        # 64 x 64 becomes 32 x 32, and with the transposed 128 x 128
+        ("Conv", (24, 3, 3, 3), {"strides": [2, 2]}, 24 * 3 * 9 * 32**2, 3 * 64**2 + 24 * 32**2),
+        ("Conv", (24, 4, 5, 5), {"group": 6}, 24 * 4 * 25 * 64**2, (24 + 24) * 64**2),
+        ("ConvTranspose", (8, 4, 2, 2), {"strides": [2, 2]}, 8 * 4 * 4 * 64**2, 8 * 64**2 + 4 * 128**2),
+    ],
+)
+def test_arithmetic_intensity(
+    operator: str,
+    weights: tuple[int, ...],
+    attributes: dict[str, Any],
+    macs: int,
+    values: int,
+    tmp_path: Path,
+) -> None:
+    """MACs for each activation read or written are those of the whole layer, counted by hand."""
+    node = helper.make_node(operator, ["images", "weight"], ["found"], "layer", **attributes)
+    float32 = TensorProto.FLOAT
+    graph = helper.make_graph(
+        [node],
+        "one_layer",
+        [helper.make_tensor_value_info("images", float32, (1, None, 64, 64))],
+        [helper.make_tensor_value_info("found", float32, None)],
+        [numpy_helper.from_array(np.zeros(weights, np.float32), "weight")],
+    )
+    onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
+    (layer,) = layer_times(tmp_path / "model.onnx", {"layer": 1.0})
+    assert layer.macs_per_value == pytest.approx(macs / values)
 
 
 def test_names_of_onnxruntime(model: Path, tmp_path: Path) -> None:
@@ -83,33 +121,61 @@ def test_a_damaged_model_is_said(tmp_path: Path) -> None:
         layer_times(tmp_path / "model.onnx", {"stem": 1.0})
 
 
+def layer(
+    name: str, time_ms: float | None, in_channels: int, out_channels: int, macs_per_value: float = 100.0
+) -> LayerTime:
+    """Bound by computing unless it says otherwise."""
+    return LayerTime(name, time_ms, in_channels, out_channels, macs_per_value)
+
+
 def test_who_did_not_get_faster() -> None:
-    """Narrower layers with their old time are named with a cause; faster or unchanged ones are not."""
+    """Narrower layers with their old time are named with a cause; faster or unchanged ones are not.
+
+    Nor is one that lost so little that noise may hide it: one channel of 128.
+    """
     before = [
-        LayerTime("aligned", 1.0, 64, 64),
-        LayerTime("faster", 1.0, 64, 64),
-        LayerTime("untouched", 1.0, 64, 64),
-        LayerTime("odd", 1.0, 64, 64),
-        LayerTime("depthwise", 1.0, 1, 64),
-        LayerTime("fused", 1.0, 64, 64),
-        LayerTime("tiny", 0.01, 64, 64),
+        layer("aligned", 1.0, 64, 64),
+        layer("faster", 1.0, 64, 64),
+        layer("untouched", 1.0, 64, 64),
+        layer("one channel", 1.0, 64, 128),
+        layer("odd", 1.0, 64, 64),
+        layer("depthwise", 1.0, 1, 64, 4.5),
+        layer("few channels", 1.0, 16, 32, 10.7),
+        layer("fused", 1.0, 64, 64),
+        layer("tiny", 0.01, 64, 64),
     ]
     after = [
-        LayerTime("aligned", 1.0, 64, 48),
-        LayerTime("faster", 0.8, 64, 48),
-        LayerTime("untouched", 1.2, 64, 64),
-        LayerTime("odd", 0.96, 64, 50),  # 22 % fewer multiplications
-        LayerTime("depthwise", 1.1, 1, 48),
-        LayerTime("fused", None, 64, 48),
-        LayerTime("tiny", 0.01, 64, 48),
+        layer("aligned", 1.0, 64, 48),
+        layer("faster", 0.8, 64, 48),
+        layer("untouched", 1.2, 64, 64),
+        layer("one channel", 1.02, 64, 127),
+        layer("odd", 0.96, 64, 50),  # 22 % fewer multiplications
+        layer("depthwise", 1.1, 1, 48, 4.5),
+        layer("few channels", 1.0, 16, 24, 9.6),
+        layer("fused", None, 64, 48),
+        layer("tiny", 0.01, 64, 48),
     ]
-    assert {layer.layer: layer.cause for layer in not_faster(before, after)} == {
+    assert {layer.layer: layer.cause for layer in not_faster(before, after, 8)} == {
         "aligned": "no cause found",
         "odd": "misaligned: 50 channels, no multiple of 8",
-        "depthwise": "memory-bound: depthwise",
+        "depthwise": "memory-bound: 4.5 MACs a value",
+        "few channels": "memory-bound: 9.6 MACs a value",
         "fused": "fused elsewhere: no kernel of its own",
         "tiny": "small: mostly the cost of a call",
     }
+
+
+def test_the_block_is_the_devices() -> None:
+    """128 to 120 channels win nothing where kernels take 16 at once: with AVX-512, and so it is said there."""
+    details = {"machine": "x86_64"}
+    wide = Device("host", "onnxruntime", "Xeon", details | {"avx512": True})
+    narrow = Device("host", "onnxruntime", "Ryzen", details | {"avx512": False})
+    unknown = Device("host", "onnxruntime", "measured before the probe told", details)
+    nano = Device("jetson-nano", "tensorrt", "NVIDIA Jetson Nano Developer Kit", {"machine": "aarch64"})
+    assert [channel_block(device) for device in (wide, narrow, unknown, nano)] == [16, 8, 16, 8]
+    before, after = [layer("conv", 1.0, 64, 128)], [layer("conv", 1.0, 64, 120)]
+    causes = [not_faster(before, after, channel_block(device))[0].cause for device in (wide, narrow)]
+    assert causes == ["misaligned: 120 channels, no multiple of 16", "no cause found"]
 
 
 def test_where_the_promised_speed_up_is_lost() -> None:
@@ -118,23 +184,23 @@ def test_where_the_promised_speed_up_is_lost() -> None:
     A layer that kept its channels loses only where it grew slower; without a time there is nothing to say.
     """
     before = [
-        LayerTime("kept", 1.0, 8, 8),
-        LayerTime("halved", 1.0, 64, 64),
-        LayerTime("as promised", 1.0, 64, 64),
-        LayerTime("depthwise", 1.0, 1, 64),
-        LayerTime("fused", None, 64, 64),
+        layer("kept", 1.0, 8, 8),
+        layer("halved", 1.0, 64, 64),
+        layer("as promised", 1.0, 64, 64),
+        layer("depthwise", 1.0, 1, 64, 4.5),
+        layer("fused", None, 64, 64),
     ]
     after = [
-        LayerTime("kept", 1.0, 8, 8),
-        LayerTime("halved", 0.6, 64, 32),
-        LayerTime("as promised", 0.5, 32, 64),
-        LayerTime("depthwise", 0.875, 1, 32),
-        LayerTime("fused", None, 64, 32),
+        layer("kept", 1.0, 8, 8),
+        layer("halved", 0.6, 64, 32),
+        layer("as promised", 0.5, 32, 64),
+        layer("depthwise", 0.875, 1, 32, 4.5),
+        layer("fused", None, 64, 32),
     ]
-    found = shortfalls(before, after)
+    found = shortfalls(before, after, 8)
     assert [(layer.layer, round(layer.lost_ms, 6)) for layer in found] == [
         ("depthwise", 0.375),
         ("halved", 0.1),
     ]
-    assert found[0].cause == "memory-bound: depthwise"
+    assert found[0].cause == "memory-bound: 4.5 MACs a value"
     assert found[1].promised_ms == 0.5

@@ -17,7 +17,7 @@ from chromium import browser
 from numpy.typing import NDArray
 from rich.console import Console
 
-from edgeprune.benchmarks.records import Energy, Report
+from edgeprune.benchmarks.records import Device, Energy, Report
 from edgeprune.benchmarks.report import report_html, report_json, write_report
 from edgeprune.benchmarks.samples import sample_ids
 from edgeprune.benchmarks.summary import headline, row_figures
@@ -71,8 +71,9 @@ def test_unmeasured_is_null_and_says_so(tmp_path: Path) -> None:
     assert content["device"] is None
     assert all(row["fps"] is None and row["device_ap"] is None for row in content["rows"])
     figures = row_figures(unmeasured)
-    assert [column.text(figures[1]) for column in COLUMNS[6:11]] == ["not measured"] * 5
-    assert render_markdown(figures).count("not measured") == 10
+    on_device = [column.text(figures[1]) for column in (*COLUMNS[6:11], COLUMNS[12])]
+    assert on_device == ["not measured"] * 6
+    assert render_markdown(figures).count("not measured") == 12
     assert "not measured" in report_html(unmeasured)
 
 
@@ -126,8 +127,9 @@ def test_terminal_table_shows_the_same_numbers(example: Report) -> None:
     last = row_figures(example)[-1]
     assert lines[-1][:4] == ["10", "570,000", "190.0 M", str(last["channels_removed"])]
     assert lines[-1][7] == f"{last['device_ap50']:.3f}"
-    assert lines[-1][8].split(" / ")[2] == f"{last['latency_engine_p99_ms']:.2f}"
+    assert lines[-1][8] == f"{last['latency_engine_paired_ms']:.2f}"
     assert lines[-1][11] == "2.30"  # 2,300,000 bytes
+    assert lines[-1][12] == "yes"
 
 
 def test_csv_and_markdown_read_back(example: Report) -> None:
@@ -287,16 +289,51 @@ def test_throughput_and_energy_are_shown_where_they_were_measured() -> None:
         for measured in (result(0), result(1))
     ]
     html = report_html(report(2, told))
-    for cell in ("123.4", "5.25 (2.12)", "0.062", "0.037"):
+    for cell in ("123.4", "5.25", "2.12", "0.062", "0.037"):
         assert f">{cell}</td>" in html
     assert "does not tell: latency p50 ms (engine with copies)." in html
     row = report_json(report(2, told))["rows"][1]
     assert (row["throughput_images_per_s"], row["idle_watts"]) == (123.4, 2.125)
     assert (row["joules_per_image"], row["joules_per_image_above_idle"]) == (0.0625, 0.0375)
+    never_idle = replace(energy, idle_watts=None, joules_per_image_above_idle=None)
+    html = report_html(report(2, [replace(each, energy=never_idle) for each in told]))
+    assert 'data-title="W" class=" ">5.25</td>' in html and "W idle; J an image above idle." in html
     silent = report_html(report(2))
     assert "J an image</th>" not in silent
-    assert "images/s (copies overlapped); W (idle); J an image; J an image above idle." in silent
+    assert "images/s (copies overlapped); W; W idle; J an image; J an image above idle." in silent
     assert "More of the device" not in report_html(report(2, [None, None]))
+
+
+def test_the_page_says_where_its_numbers_come_from() -> None:
+    """Command, date and hashes of the run, each step's model and the engine's threads; null is "not measured"."""
+    weights = {"nanodet.json": "a" * 64, "nanodet.bin": "b" * 64}
+    run = {"command": "edgeprune build --target host", "date": "2026-11-25", "hashes": {"weights": weights}}
+    told = provenance_of(report(2, provenance={**run, "config": {"min_ap": None}}))
+    assert told["command"] == "edgeprune build --target host" and told["date"] == "2026-11-25"
+    assert told["hashes.weights.nanodet.bin"] == "b" * 64
+    assert [told[f"model sha256.iteration {i}"] for i in (0, 1)] == [f"{i:064x}" for i in (0, 1)]
+    assert told["engine threads"] == "1"
+    assert [told[f"device.{name}"] for name in ("l4t", "power_mode", "clocks_locked")] == ["not measured"] * 3
+    assert told["config.min_ap"] == "none"  # an option left out, no measurement
+    older = [replace(result(i), threads=None) for i in range(2)]
+    assert provenance_of(report(2, older))["engine threads"] == "not measured"
+    board = Device("jetson-nano", "tensorrt", "NVIDIA Jetson Nano Developer Kit")
+    on_gpu = [replace(one, device=board) for one in older]
+    assert "engine threads" not in provenance_of(report(2, on_gpu))
+
+
+def provenance_of(found: Report) -> dict[str, str]:
+    return dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", report_html(found)))
+
+
+def test_layers_that_were_not_profiled_are_said(example: Report) -> None:
+    """Without layer times no layer is called slow, and the page says that they were not measured."""
+    rows = tuple(replace(row, layers=()) for row in example.rows)
+    silent = replace(example, rows=rows)
+    assert report_json(silent)["not_faster"] == []
+    page = report_html(silent)
+    assert "Pruned, and not faster" not in page and "; time per layer." in page
+    assert "; time per layer." not in report_html(example)
 
 
 def test_what_to_mind_is_on_the_page(example: Report) -> None:
@@ -307,7 +344,21 @@ def test_what_to_mind_is_on_the_page(example: Report) -> None:
     html = report_html(warned)
     assert "under a disturbance: gpu reached 99 °C" in html
     assert "iteration 1: AP 0.100 on the device" in html
+    assert "iteration 1: AP 0.100 on the device" not in report_html(warned, flag_ap_drop=0.5)
     content = report_json(warned)
     assert len(content["warnings"]) == 2
     assert [layer["layer"] for layer in content["not_faster"]][:1] == ["backbone.stage3.1.conv"]
     assert "backbone.stage3.1.conv</td><td>116 x 116 to 111 x 111</td>" in html
+
+
+def test_which_to_ship_is_on_the_page(example: Report) -> None:
+    """The front and the iteration to ship stand in page and JSON, and each row says whether it is on the front."""
+    choice = headline(example).choice
+    assert choice is not None and "fastest within 0.01 AP50 of the unpruned: iteration 3" in choice
+    html = report_html(example)
+    assert f"{choice}." in html
+    assert html.count('data-title="Pareto front" class=" ">yes<') == 11
+    content = report_json(example)
+    assert content["headline"]["choice"] == choice
+    assert [row["on_front"] for row in content["rows"]] == [True] * 11
+    assert "Pareto front of" not in report_html(report(2, [None, None]))

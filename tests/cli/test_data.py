@@ -62,7 +62,9 @@ def test_strict_refuses(yolo: Path) -> None:
 
 def test_convert_and_preview(yolo: Path) -> None:
     """A converted part is a data set by itself; the preview is a picture."""
-    assert run("convert", yolo / "images" / "val", "--out", yolo / "val.json").exit_code == 0
+    told = json.loads(run("convert", yolo / "images" / "val", "--out", yolo / "val.json", "--json").stdout)
+    written = {"file": str(yolo / "val.json"), "images": 3, "boxes": 3, "images_folder": None}
+    assert told["files"] == [written]
     assert len(load_dataset(yolo / "val.json")) == 3
     assert run("inspect", yolo / "val.json", "--preview", yolo / "sheet.png").exit_code == 0
     assert cv2.imread(str(yolo / "sheet.png")).shape[2] == 3
@@ -76,6 +78,12 @@ def test_split_writes_two_files(yolo: Path) -> None:
     """train.json and val.json share no image and have them all."""
     split = run("split", yolo / "images" / "train", "--out", yolo / "parts", "--share", "0.3")
     assert split.exit_code == 0 and "name this folder" in split.stdout
+    again = run("split", yolo / "images" / "train", "--out", yolo / "parts", "--share", "0.3", "--json")
+    told = json.loads(again.stdout)
+    assert (told["images"], told["boxes"], told["dropped_boxes"]) == (9, 9, 0)
+    assert [Path(file["file"]).name for file in told["files"]] == ["train.json", "val.json"]
+    assert [(file["images"], file["boxes"]) for file in told["files"]] == [(6, 6), (3, 3)]
+    assert {file["images_folder"] for file in told["files"]} == {str(yolo)}
     names = [
         {sample.file_name for sample in load_dataset(yolo / "parts" / f"{part}.json", yolo).samples}
         for part in ("train", "val")
@@ -100,13 +108,24 @@ def test_autolabel_writes_a_detectors_boxes(tmp_path: Path, monkeypatch: pytest.
         writer.write(np.zeros((64, 64, 3), np.uint8))
     writer.release()
     labelled = run(
-        "autolabel", tmp_path / "clip.avi", "--out", tmp_path / "clip.json", "--every", 3, "--threshold", 0.01
+        "autolabel",
+        tmp_path / "clip.avi",
+        "--out",
+        tmp_path / "clip.json",
+        "--every",
+        3,
+        "--threshold",
+        0.01,
+        "--json",
     )
     assert labelled.exit_code == 0, labelled.output
+    told = json.loads(labelled.stdout)
+    assert (told["images"], told["boxes"]) == (3, 0)  # of what was labelled
     dataset = load_dataset(tmp_path / "clip.json")
     assert [sample.file_name for sample in dataset.samples] == [f"clip.avi#{n:06d}" for n in (0, 3, 6)]
     content = json.loads((tmp_path / "clip.json").read_text())
     assert all(entry["score"] >= 0.01 for entry in content["annotations"])
+    assert told["files"][0]["boxes"] == len(content["annotations"])
 
 
 @pytest.mark.parametrize("name", DATA.commands)

@@ -6,8 +6,9 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,21 @@ def test_everything_has_help_and_a_place_in_the_readme(name: str) -> None:
     for parameter in COMMANDS[name].params:
         assert parameter.name == "help" or parameter.help, f"{name} {parameter.name} has no help"
     assert f"`edgeprune {name}" in (ROOT / "README.md").read_text()
+
+
+def leaves(command: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The commands that do something, also those below another one, by what is typed."""
+    below = getattr(command, "commands", None)
+    if below is None:
+        yield name, command
+    for part in below or ():
+        yield from leaves(below[part], f"{name} {part}".strip())
+
+
+@pytest.mark.parametrize(("name", "command"), list(leaves(get_command(app))))
+def test_numbers_are_printed_for_a_program_too(name: str, command: Any) -> None:
+    """Every command prints numbers, and every one has --json for them."""
+    assert any("--json" in parameter.opts for parameter in command.params), name
 
 
 def test_build_and_prune_take_the_same_options() -> None:

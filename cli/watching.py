@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from edgeprune.cli.interrupt import instead
-from edgeprune.cli.progress import console, say
+from edgeprune.cli.progress import console, device_progress, say
 from edgeprune.cli.run_device import RunDevice, run_connection, run_target
 from edgeprune.cli.run_folder import RunError, RunFolder
 from edgeprune.data.errors import EdgePruneError
@@ -23,7 +23,7 @@ from edgeprune.data.operating_point import Calibration
 from edgeprune.data.precision import OPERATING_THRESHOLD
 from edgeprune.deploy.bundle import write_camera_bundle
 from edgeprune.deploy.camera import LOOPBACK, CameraOptions, camera_job, check_source, send_source, watch
-from edgeprune.deploy.camera_service import check_service, install_service, remove_service
+from edgeprune.deploy.camera_service import install_service
 from edgeprune.deploy.connection import Connection
 from edgeprune.deploy.device.imaging import Preprocessing, Thresholds
 from edgeprune.deploy.records import CameraSummary, Engine
@@ -104,8 +104,10 @@ def device_of(run: RunFolder, connection: Connection) -> Iterator[RunDevice]:
         device.session.transport.close()
 
 
-def build(device: RunDevice, detectors: Detectors) -> dict[str, Engine]:
-    """The detectors' engines on the device, by their names."""
+def prepare(device: RunDevice, detectors: Detectors, options: CameraOptions) -> dict[str, Engine]:
+    """The detectors' engines on the device, by their names; the source is tried first: they may take minutes."""
+    with device_progress("opening the source") as device.session.progress:
+        check_source(device.session, options)
     return {
         name: device.build(model, detectors.precision, f"{name}: building the engine")
         for name, model in detectors.models.items()
@@ -121,8 +123,7 @@ def show(
         lines: takes each frame's detections as a line of JSON.
         view: open the page in the browser.
     """
-    check_source(device.session, options)  # an engine may take minutes
-    engines, stop = build(device, detectors), Stop()
+    engines, stop = prepare(device, detectors, options), Stop()
     with _live() as show_line, ExitStack() as running:
 
         def on_event(event: Mapping[str, Any]) -> None:
@@ -176,15 +177,10 @@ def install(device: RunDevice, detectors: Detectors, options: CameraOptions, nam
     session = device.session
     source, _ = send_source(session, options.source)
     job = camera_job({}, source, detectors.preprocessing, detectors.thresholds, options, new_job_folder())
-    check_service(session, job, name)
-    check_source(session, options)
-    remove_service(session, name, missing_ok=True)  # it would hold the device while engines are built
-    engines = build(device, detectors)
-    job |= {"engines": [engine.to_json() for engine in engines.values()], "names": list(engines)}
-    service = install_service(session, job, name)
+    service = install_service(session, job, name, lambda: prepare(device, detectors, options))
     say(
         f"{service.unit} runs on {session.transport.name}; its page is port {options.listen_port} there: "
-        f"http://{options.listen_host}:{options.listen_port}/{options.query}"
+        f"{options.address(options.listen_host, options.listen_port)}"
     )
     say(f"There: systemctl --user status {service.unit}; journalctl --user -u {service.unit}")
     if not service.lingers:

@@ -3,14 +3,15 @@
 It is a unit of the user's own systemd, so nothing needs root. What it runs lies in services/NAME in the
 device's work folder, which neither `clean` nor the cache's limit touches: the agent, the engines, the job (it
 may hold the page's token, so nobody else may read it) and the unit itself, which systemd is told to link to.
-The camera holds the device's lock like any job: stop it to benchmark, and the figures are not disturbed.
+The camera holds the device's lock like any job: stop it to benchmark, and the figures are not disturbed. For the
+same reason a camera that is to be replaced is stopped first; it lies in services/NAME.old until the new one runs.
 """
 
 import contextlib
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,13 @@ LOCK_WAIT_S = 60.0  # for another job on the device; then systemd tries again
 START_S = 180.0  # from the start to the first frame: lock, engine, camera
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 
-# Understood by systemd 237, JetPack 4.6's, and later. Starting is given up after 100 times in two hours: half an
-# hour, or more, without a camera. The limit of a file bounds the log of what libraries print; frames in shared
-# memory are under it, too.
+# Understood by systemd 237, JetPack 4.6's, and later. Starting is never given up: a camera may be plugged in
+# again after any time. The limit of a file bounds the log of what libraries print; frames in shared memory are
+# under it, too.
 UNIT = """\
 [Unit]
 Description=edgeprune camera {name}
-StartLimitIntervalSec=7200
-StartLimitBurst=100
+StartLimitIntervalSec=0
 
 [Service]
 Type=notify
@@ -42,7 +42,7 @@ WorkingDirectory={work}
 ExecStart="{python}" {folder}/agent.zip camera {folder}/job.json {folder}/result.json
 ExecStopPost=-/bin/sh -c "cat {folder}/result.json >&2"
 Restart=always
-RestartSec=15
+RestartSec=30
 TimeoutStartSec={start_s:.0f}
 TimeoutStopSec=20
 KillMode=mixed
@@ -75,42 +75,93 @@ class Service:
     lingers: bool  # whether it runs while that user is not logged in: `sudo loginctl enable-linger USER`
 
 
-def install_service(session: Session, job: Mapping[str, Any], name: str) -> Service:
+def install_service(
+    session: Session, job: Mapping[str, Any], name: str, prepare: Callable[[], Mapping[str, Engine]]
+) -> Service:
     """Have a camera run from now on and after each boot; one of that name is replaced.
 
     Args:
-        job: of the agent's command "camera"; its engines are on the device.
+        job: of the agent's command "camera", without engines, their names and the session's power settings.
         name: of the service: small letters, digits and hyphens.
+        prepare: gives the engines on the device, by the names that are shown. An older service of that name is
+            stopped meanwhile, as it would hold camera and device.
 
     Raises:
-        DeviceError: If the job is none for a service, systemd refuses, or the camera gives no frame; nothing
-            is left then.
+        DeviceError: If the job is none for a service, systemd refuses, or the camera gives no frame. An older
+            service runs again then, as the error says; else nothing is left.
     """
-    check_service(session, job, name)
+    _check_job(session, job, name)
     unit, folder = _unit_and_folder(name)
     transport = session.transport
     found = _look(transport)
     text = _unit_text(found, folder, name)
     path = f"{found['work']}/{folder}/{unit}"
-    remove_service(session, name, missing_ok=True)
-    try:
-        _fill(transport, job, folder, text, unit)
-        _systemctl(transport, "enable", path)
-        _systemctl(transport, "daemon-reload")
-        _start(transport, unit, folder)
-    except BaseException:
-        with contextlib.suppress(DeviceError):  # what failed before says more
-            transport.run(["systemctl", "--user", "disable", "--now", unit])
-            _forget(transport, unit, folder)
-        raise
+    with _replacing(transport, unit, folder, path):
+        engines = prepare()
+        records = [engine.to_json() for engine in engines.values()]
+        whole = {**job, "engines": records, "names": list(engines), "power": session.power}
+        _fill(transport, whole, folder, text, unit)
+        _enable_and_start(transport, unit, folder, path)
     return Service(unit, text, path, found["user"], found["lingers"])
 
 
-def check_service(session: Session, job: Mapping[str, Any], name: str) -> None:
+@contextlib.contextmanager
+def _replacing(transport: Transport, unit: str, folder: str, path: str) -> Iterator[None]:
+    """Set an older service aside, and put it back if its successor fails.
+
+    Raises:
+        DeviceError: What failed inside, with what became of the older service.
+        KeyboardInterrupt: The same of ctrl-C.
+    """
+    older = _is_there(transport, folder) or _is_there(transport, _older(folder))
+    try:
+        if older:
+            _set_aside(transport, unit, folder)
+        yield
+    except BaseException as error:
+        if not older:
+            with contextlib.suppress(DeviceError):  # what failed before says more
+                transport.run(["systemctl", "--user", "disable", "--now", unit])
+                _forget(transport, unit, folder)
+            raise
+        outcome = f"the service that was there before {_put_back(transport, unit, folder, path)}"
+        if isinstance(error, DeviceError):
+            raise DeviceError(f"{error}; {outcome}", error.kind) from error
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"Interrupted; {outcome}") from error
+        raise
+    _run(transport, "rm", "-rf", "--", _older(folder))
+
+
+def _set_aside(transport: Transport, unit: str, folder: str) -> None:
+    """Stop the service that is there, and keep its files elsewhere."""
+    _stop(transport, unit)
+    if _is_there(transport, _older(folder)):  # an installation was cut off: that one is the last known to run
+        _run(transport, "rm", "-rf", "--", folder)
+    else:
+        _run(transport, "mv", "--", folder, _older(folder))
+
+
+def _put_back(transport: Transport, unit: str, folder: str, path: str) -> str:
+    """Have the older service run again, whether it was set aside yet or not; returns what became of it."""
+    outcome = "may not run any more"
+    try:
+        _stop(transport, unit)
+        if _is_there(transport, _older(folder)):
+            _run(transport, "rm", "-rf", "--", folder)
+            _run(transport, "mv", "--", _older(folder), folder)
+        outcome = "is back and does not start either"
+        _enable_and_start(transport, unit, folder, path)
+    except DeviceError as error:
+        return f"{outcome}: {error}"
+    return "runs again"
+
+
+def _check_job(session: Session, job: Mapping[str, Any], name: str) -> None:
     """Refuse what could not be a service, before anything is changed on the device.
 
     Args:
-        job: as for `install_service`; it needs no engines yet.
+        job: as for `install_service`.
 
     Raises:
         DeviceError: If it writes what fills the disk, ends, or cannot be found: in its name, source or port.
@@ -141,22 +192,20 @@ def check_service(session: Session, job: Mapping[str, Any], name: str) -> None:
         )
 
 
-def remove_service(session: Session, name: str, *, missing_ok: bool = False) -> None:
+def remove_service(session: Session, name: str) -> None:
     """Stop a camera service and forget it, with all its files.
 
     Raises:
-        DeviceError: If systemd refuses, or, unless that is `missing_ok`, there is none of that name.
+        DeviceError: If systemd refuses, or there is none of that name.
     """
     unit, folder = _unit_and_folder(name)
     transport = session.transport
-    if transport.run(["test", "-d", folder]).status:
-        if missing_ok:
-            return
+    if not _is_there(transport, folder) and not _is_there(transport, _older(folder)):
         raise DeviceError(f"there is no camera service {name!r} on {transport.name}", "service")
     disabled = transport.run(["systemctl", "--user", "disable", "--now", unit])
     if disabled.status and "does not exist" not in disabled.stderr:  # an installation may have been cut off
         raise _refused(transport, "disable", disabled)
-    _forget(transport, unit, folder)
+    _forget(transport, unit, folder, _older(folder))
 
 
 def _unit_and_folder(name: str) -> tuple[str, str]:
@@ -166,6 +215,14 @@ def _unit_and_folder(name: str) -> tuple[str, str]:
             "service",
         )
     return f"edgeprune-{name}.service", f"services/{name}"
+
+
+def _older(folder: str) -> str:
+    return f"{folder}.old"  # no service's own: a name has no dot
+
+
+def _is_there(transport: Transport, folder: str) -> bool:
+    return transport.run(["test", "-d", folder]).status == 0
 
 
 def _look(transport: Transport) -> dict[str, Any]:
@@ -204,14 +261,22 @@ def _unit_text(found: Mapping[str, Any], folder: str, name: str) -> str:
     return UNIT.format(name=name, folder=folder, start_s=START_S, **found)
 
 
-def _forget(transport: Transport, unit: str, folder: str) -> None:
-    _run(transport, "rm", "-rf", "--", folder)
+def _forget(transport: Transport, unit: str, *folders: str) -> None:
+    _run(transport, "rm", "-rf", "--", *folders)
     _systemctl(transport, "daemon-reload")
     transport.run(["systemctl", "--user", "reset-failed", unit])  # it says so where there is nothing to reset
 
 
-def _start(transport: Transport, unit: str, folder: str) -> None:
+def _stop(transport: Transport, unit: str) -> None:
+    stopped = transport.run(["systemctl", "--user", "stop", unit])
+    if stopped.status and "not loaded" not in stopped.stderr:  # an installation may have been cut off
+        raise _refused(transport, "stop", stopped)
+
+
+def _enable_and_start(transport: Transport, unit: str, folder: str, path: str) -> None:
     """Start the unit, which waits for the first frame, and say why none came."""
+    _systemctl(transport, "enable", path)
+    _systemctl(transport, "daemon-reload")
     started = transport.run(["systemctl", "--user", "restart", unit], timeout_s=START_S + 60)
     if not started.status:
         return

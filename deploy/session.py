@@ -59,7 +59,7 @@ class Session:
         self._transport = transport
         self.progress = progress
         self._limits = {"protocol": PROTOCOL, "lock_wait_s": lock_wait_s, "timeout_s": timeout_s}
-        self._power = {"mode": power_mode, "lock_clocks": lock_clocks}
+        self.power = {"mode": power_mode, "lock_clocks": lock_clocks}  # as the agent's jobs say it
 
     @property
     def transport(self) -> Transport:
@@ -69,7 +69,7 @@ class Session:
     @property
     def power_mode(self) -> str | None:
         """Set for whatever is timed; None: left as the device has it."""
-        mode = self._power["mode"]
+        mode = self.power["mode"]
         return None if mode is None else str(mode)
 
     def probe(self) -> DeviceInfo:
@@ -148,7 +148,7 @@ class Session:
         job = {
             "engines": [engine.to_json() for engine in engines],
             "images": files.references,
-            "power": self._power,
+            "power": self.power,
             "preprocessing": preprocessing.to_json(),
             "thresholds": thresholds._asdict(),
             "runs": runs,
@@ -200,7 +200,7 @@ class Session:
         job = {
             "engine": engine.to_json(),
             "image": files.references[0],
-            "power": self._power,
+            "power": self.power,
             "preprocessing": preprocessing.to_json(),
             "runs": runs,
         }
@@ -209,7 +209,7 @@ class Session:
 
     def time_with_trtexec(self, engine: Engine, *, runs: int = 100) -> Mapping[str, tuple[float, ...]]:
         """Time an engine with TensorRT's own command; milliseconds of each run, by scope."""
-        found = self._call("trtexec", {"engine": engine.to_json(), "power": self._power, "runs": runs})
+        found = self._call("trtexec", {"engine": engine.to_json(), "power": self.power, "runs": runs})
         return {scope: tuple(samples) for scope, samples in found["samples_ms"].items()}
 
     def check_source(self, source: str, capture: Mapping[str, int]) -> None:
@@ -226,7 +226,7 @@ class Session:
         Args:
             folder: of the job, on the device; it may write there.
         """
-        return self._call("camera", {**job, "power": self._power}, files, folder=folder, stop=stop)
+        return self._call("camera", {**job, "power": self.power}, files, folder=folder, stop=stop)
 
     def _call(
         self,

@@ -24,7 +24,7 @@ from .files import disk_error, inside, read_json, write_json
 from .lock import device_lock
 from .telemetry import Telemetry
 
-PROTOCOL = 1  # changes when host and agent of different versions would misunderstand each other
+PROTOCOL = 2  # changes when host and agent of different versions would misunderstand each other
 
 Report = Callable[[Dict[str, Any]], None]
 
@@ -48,7 +48,7 @@ def _command(name: str) -> Callable[[Dict[str, Any], Report], Dict[str, Any]]:
     elif name == "camera":
         from .camera.command import camera as command
     elif name == "source":
-        from .camera.sources import check_source as command
+        from .camera.command import check_source as command
     elif name == "clean":
         from .cache import clean as command
     else:
@@ -59,7 +59,7 @@ def _command(name: str) -> Callable[[Dict[str, Any], Report], Dict[str, Any]]:
 # Alone on the device: they would disturb each other, or lose what they work with.
 NEEDS_DEVICE = ("build", "bench", "evaluate", "profile", "trtexec", "camera", "clean")
 
-CAMERA_GRACE_S = 10.0  # to close the camera, finish a video and write the summary
+GRACE_S = {"camera": 10.0, "source": 10.0}  # to close the camera, finish a video and write the summary
 
 
 def main(argv: List[str]) -> int:
@@ -127,10 +127,11 @@ def supervise(
         os.unlink(result_path)
     forget_jobs(os.path.dirname(job_path))
     arguments = ["--child", command, job_path, result_path]
+    grace_s = GRACE_S.get(command, 0.0)
     log_path = os.path.splitext(result_path)[0] + ".log"
     try:
         if command not in NEEDS_DEVICE:
-            run_child(arguments, log_path, report, job.get("timeout_s"), attached)
+            run_child(arguments, log_path, report, job.get("timeout_s"), attached, grace_s=grace_s)
             return _result(result_path)
         with device_lock(job.get("lock_wait_s", 0), report), power.held(job.get("power", {})):
             if command == "camera":  # runs until it is stopped, and looks at the board itself
@@ -142,7 +143,7 @@ def supervise(
                     job.get("timeout_s"),
                     attached,
                     lambda: os.utime(folder),  # old jobs are removed: this one is not old
-                    CAMERA_GRACE_S,
+                    grace_s,
                 )
                 return _result(result_path)
             with Telemetry() as telemetry:

@@ -43,7 +43,8 @@ def build(job: Dict[str, Any], report: Callable[[Dict[str, Any]], None]) -> Dict
     """Build an engine, or find it built.
 
     Job: "model" (file reference), "backend", "precision", "options". Result: the engine's record:
-    `KEY_FIELDS`, "key", "path", "sha256", "size_bytes", "build_s", "log" (list of lines), "reused".
+    `KEY_FIELDS`, "key", "path", "sha256", "size_bytes", "build_s", "log" (list of lines), "memory_mib" (of
+    `Backend.memory_mib`), "reused".
 
     Raises:
         AgentError: If the model cannot be built here.
@@ -61,7 +62,8 @@ def build(job: Dict[str, Any], report: Callable[[Dict[str, Any]], None]) -> Dict
     path, record_path = os.path.join(FOLDER, key + ".engine"), os.path.join(FOLDER, key + ".json")
     if os.path.isfile(path) and os.path.isfile(record_path):
         record = _record(record_path)
-        if record.get("key") == key and record.get("sha256") == sha256_of(path):
+        whole = "memory_mib" in record  # the record of an earlier version is not
+        if whole and record.get("key") == key and record.get("sha256") == sha256_of(path):
             return dict(record, reused=True)
 
     report({"event": "build", "precision": job["precision"]})
@@ -83,6 +85,7 @@ def build(job: Dict[str, Any], report: Callable[[Dict[str, Any]], None]) -> Dict
         size_bytes=os.path.getsize(path),
         build_s=build_s,
         log=log,
+        memory_mib=backend.memory_mib(path, job["options"]),
         reused=False,
     )
     write_json(record_path, record)

@@ -28,7 +28,7 @@ from .sources import Source, images_of, opening_failure
 
 OPENING_S = 30.0  # a camera that takes longer to give its first frame is taken to hang
 STALLED_S = 10.0  # without a frame
-END_S = 2.0  # to close the source in order: a CSI camera that was not closed stays busy
+END_S = 5.0  # to close the source in order, of agent.GRACE_S: a CSI camera that was not closed stays busy
 BACK_OFF_S = (1.0, 30.0)  # between attempts to reach a network camera again: doubled from the first on
 SAID_BYTES = 4000  # kept of what the process prints
 SLOTS = 3

@@ -16,6 +16,7 @@ from .pipeline import Found
 CODECS = {".avi": "MJPG", ".mp4": "mp4v"}
 STORED_FPS = 25.0  # of the video of a stored source that does not say, as a folder
 LIVE_FPS = 10.0  # of a live source's video: its frames come irregularly, and each costs time to encode
+MOST_REPEATS = 10  # of one frame there, a second's: a night's outage would hang the camera and fill the disk
 KEPT_FREE_BYTES = 64 << 20  # on the disk, for results and logs
 KEPT_SNAPSHOTS = 1000  # the newest
 SNAPSHOT = re.compile(r"\d{8}-\d{6}-\d{6,}\.jpg")  # local time, and the frame's number
@@ -59,8 +60,8 @@ class Video:
 
     Args:
         path: inside the work folder; its ending says how it is written.
-        live: frames come as they do: time is kept by leaving out and repeating some. Else every frame is
-            written.
+        live: frames come as they do: time is kept by leaving out and repeating some, but of an outage only a
+            second is. Else every frame is written.
 
     Attributes:
         saved: the path, once the file is there.
@@ -86,7 +87,10 @@ class Video:
             return 1
         if self._writer is None:
             self._start_s = time_s
-        return max(int((time_s - self._start_s) * LIVE_FPS) + 1 - self._written, 0)
+        times = max(int((time_s - self._start_s) * LIVE_FPS) + 1 - self._written, 0)
+        left_out = max(times - MOST_REPEATS, 0)
+        self._start_s += left_out / LIVE_FPS
+        return times - left_out
 
     def add(self, image: np.ndarray, times: int, source_fps: float) -> None:
         """Append a frame ``(H, W, 3)`` uint8 BGR, as often as `due` said; 0 FPS: the source does not say."""

@@ -309,6 +309,7 @@ def test_a_real_systemd_runs_it(session: Session, engine: Engine, work: Path, sy
     unit = service.unit
     assert property_of(unit, "ActiveState") == "active"
     assert property_of(unit, "UnitFileState") in ("enabled", "linked")
+    assert property_of(unit, "StartLimitIntervalUSec") == "0"  # it never gives up
 
     first = int(property_of(unit, "MainPID"))
     os.kill(first, signal.SIGKILL)

@@ -3,14 +3,21 @@
 Units are taken in one fixed order that does not depend on how much is asked, so a higher request removes the
 same units and then more. Costs are exact at every moment (`counting.Terms`), so a budget in parameters, MACs
 or channels is met to the last unit.
+
+Where layers come down to multiples, units go in bundles. Units that take the same positions in the same layers (a
+class) are exchangeable, so a bundle is the least important of one class, as few as bring all its layers to multiples.
+Where layers that classes share are at no multiple, one class alone may not do; then a bundle is of several.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -94,18 +101,25 @@ def choose(
     savings = None if per == "none" else _savings(COSTS[per](groups))
     ledger = Ledger(groups, limits, original)
     spent = _Spending(COSTS[cost](groups))
-    bundles = [
-        (rank, index, place, units)
-        for index, group in enumerate(groups.groups)
-        for place, (rank, units) in enumerate(_bundles(group, scores, savings, ledger))
-    ]
+    bundles = [_Bundles(group, scores, savings, ledger) for group in groups.groups]
+    queue: list[tuple[float, int, tuple[int, ...]]] = []
+
+    def enqueue(index: int) -> None:
+        units = bundles[index].next()
+        if units:
+            heappush(queue, (bundles[index].rank(units), index, units))
+
+    for index in range(len(bundles)):
+        enqueue(index)
     removed: list[int] = []
-    for _, _, _, units in sorted(bundles):
-        if spent.total <= goal:
-            break
-        if ledger.take(units):
-            removed += units
+    while queue and spent.total > goal:
+        _, index, units = heappop(queue)
+        if ledger.allows(units):  # else another group has since taken from a tensor that both are part of
+            ledger.take(units)
             spent.take(units)
+            bundles[index].drop(units)
+            removed += units
+        enqueue(index)
     stopped = None
     if spent.total > goal:
         binding = ", ".join(sorted(ledger.binding)) or "there is no other removable channel"
@@ -120,33 +134,99 @@ def choose(
     return Choice(tuple(sorted(removed)), spent.total, stopped)
 
 
-def _bundles(
-    group: Group, scores: Scores, savings: Mapping[int, float] | None, ledger: Ledger
-) -> list[tuple[float, tuple[int, ...]]]:
-    """Units of a group in the order of removal, in bundles that bring its layers to multiples, each with its
-    rank; what fills no bundle stays."""
-    multiple = ledger.limits.channel_multiple
-    order = sorted(group.units, key=lambda unit: (_rank([unit], scores, savings), unit))
-    left = {layer: ledger.channels[layer] for layer in group.layers}
-    bundles: list[tuple[float, tuple[int, ...]]] = []
-    pending: list[int] = []
-    rank = 0.0
-    for unit in order:
-        pending.append(unit)
-        for layer, channels in ledger.members[unit].items():
-            left[layer] -= channels
-        if all(count % multiple == 0 for count in left.values()):
-            rank = max(rank, _rank(pending, scores, savings))  # never before what comes first in its group
-            bundles.append((rank, tuple(pending)))
-            pending = []
-    if pending:
-        ledger.binding.add(f"--channel-multiple {multiple}")
-    return bundles
+class _Bundles:
+    """The units of a group that may go, in bundles that bring its layers to multiples."""
+
+    def __init__(
+        self, group: Group, scores: Scores, savings: Mapping[int, float] | None, ledger: Ledger
+    ) -> None:
+        self.scores, self.savings, self.ledger = scores, savings, ledger
+        alike: dict[object, list[int]] = {}
+        for unit in sorted(group.units, key=lambda unit: (self.rank([unit]), unit)):
+            alike.setdefault(tuple(ledger.members[unit].items()), []).append(unit)
+        self.class_of = {unit: units for units in alike.values() for unit in units}
+        self.classes = list(alike.values())  # each with the least important unit first
+
+    def rank(self, units: Sequence[int]) -> float:
+        importance = float(self.scores[list(units)].sum())
+        saved = len(units) if self.savings is None else sum(self.savings[unit] for unit in units)
+        return importance / max(saved, 1e-12)
+
+    def next(self) -> tuple[int, ...]:
+        """The bundle to go next; empty where none may."""
+        self.classes = [units for units in self.classes if units]
+        alone, short = [], []
+        for units in self.classes:
+            count = self._count_to_multiples(units)
+            if not count:
+                short.append(units)
+                continue
+            bundle = tuple(islice(self.ledger.spare(units), count))
+            if self.ledger.allows(bundle if len(bundle) == count else units[:count]):
+                alone.append(bundle)
+        # First what several classes must give: one of them may be short of units later.
+        together = self._of_several(short) if short else ()
+        return together or min(alone, key=lambda units: (self.rank(units), units), default=())
+
+    def drop(self, units: tuple[int, ...]) -> None:
+        """Forget units that are gone."""
+        for unit in units:
+            self.class_of[unit].remove(unit)
+
+    def _count_to_multiples(self, units: Sequence[int]) -> int:
+        """How many units of a class bring all its layers to multiples, at the least; 0 where no number does."""
+        multiple = self.ledger.limits.channel_multiple
+        layers = [(self.ledger.channels[layer], n) for layer, n in self.ledger.members[units[0]].items()]
+        counts = range(1, min(multiple, len(units)) + 1)
+        return next((k for k in counts if all((left - k * n) % multiple == 0 for left, n in layers)), 0)
+
+    def _of_several(self, short: Sequence[list[int]]) -> tuple[int, ...]:
+        """The fewest units of several classes, one at least of those that fall short alone, that bring all their
+        layers to multiples within the floors; of as few the least important; empty where there are none.
+
+        Class by class: among choices that take as much of the layers that later classes are part of as well, all but
+        the best can be forgotten.
+        """
+        ledger, multiple = self.ledger, self.ledger.limits.channel_multiple
+        classes = sorted(self.classes, key=lambda units: list(ledger.members[units[0]]))
+        last = {layer: index for index, units in enumerate(classes) for layer in ledger.members[units[0]]}
+        best: dict[_Taken, _Best] = {_Taken(False, frozenset()): _Best(0, 0.0, ())}
+        for index, units in enumerate(classes):
+            members = ledger.members[units[0]]
+            spare = tuple(islice(ledger.spare(units), multiple))  # more than that would be two bundles
+            further: dict[_Taken, _Best] = {}
+            for (helps, before), bundle in best.items():
+                for count in range(len(spare) + 1):
+                    taken = Counter(dict(before))
+                    taken.update({layer: count * channels for layer, channels in members.items()})
+                    left = {layer: ledger.channels[layer] - n for layer, n in taken.items() if n}
+                    if any(n < ledger.floors[layer][0] for layer, n in left.items()) or any(
+                        n % multiple for layer, n in left.items() if last[layer] == index
+                    ):
+                        continue
+                    going = bundle.units + spare[:count]
+                    later = frozenset((layer, n) for layer, n in taken.items() if last[layer] > index)
+                    key = _Taken(helps or (count > 0 and units in short), later)
+                    longer = _Best(len(going), float(self.scores[list(going)].sum()), going)
+                    further[key] = min(longer, further.get(key, longer))
+            best = further
+        found = best.get(_Taken(True, frozenset()))
+        if found is None:
+            ledger.binding.add(f"--channel-multiple {multiple}")
+        return found.units if found and ledger.allows(found.units) else ()
 
 
-def _rank(units: list[int], scores: Scores, savings: Mapping[int, float] | None) -> float:
-    importance = float(scores[units].sum())
-    return importance / (len(units) if savings is None else max(sum(savings[unit] for unit in units), 1e-12))
+class _Taken(NamedTuple):
+    """What the classes so far take, as far as it matters to the others."""
+
+    helps: bool  # one of those that fall short is among them
+    channels: frozenset[tuple[str, int]]  # of each layer that later classes are part of as well
+
+
+class _Best(NamedTuple):
+    size: int
+    importance: float
+    units: tuple[int, ...]
 
 
 def _savings(terms: Terms) -> dict[int, float]:
@@ -217,12 +297,18 @@ class Ledger:
             for unit in piece:
                 self.pieces.setdefault(int(unit), []).append(index)
 
-    def take(self, units: tuple[int, ...]) -> bool:
-        """Take all of them, or none and note which limit forbids it."""
-        layers = Counter[str]()
+    def spare(self, units: Sequence[int]) -> Iterator[int]:
+        """Those of the units that together leave every tensor a channel: each but the last of one."""
+        gone = Counter[int]()
         for unit in units:
-            layers.update(self.members[unit])
-        pieces = Counter(piece for unit in units for piece in self.pieces.get(unit, []))
+            pieces = self.pieces.get(unit, [])
+            if all(self.left[piece] - gone[piece] > 1 for piece in pieces):
+                gone.update(pieces)
+                yield unit
+
+    def allows(self, units: Sequence[int]) -> bool:
+        """Whether all of them may go together; which limit forbids it is noted."""
+        layers, pieces = self._reach(units)
         against = {
             self.floors[layer][1]
             for layer, channels in layers.items()
@@ -230,11 +316,22 @@ class Ledger:
         }
         multiple = self.limits.channel_multiple
         if any((self.channels[layer] - channels) % multiple for layer, channels in layers.items()):
-            against.add(f"--channel-multiple {multiple}")  # an earlier bundle of the group had to stay
+            against.add(f"--channel-multiple {multiple}")
         if not against and any(self.left[piece] == count for piece, count in pieces.items()):
             against.add("every tensor needs a channel")
         self.binding |= against
-        if not against:
-            self.channels = {layer: count - layers[layer] for layer, count in self.channels.items()}
-            self.left = [count - pieces[piece] for piece, count in enumerate(self.left)]
         return not against
+
+    def take(self, units: Sequence[int]) -> None:
+        layers, pieces = self._reach(units)
+        for layer, channels in layers.items():
+            self.channels[layer] -= channels
+        for piece, count in pieces.items():
+            self.left[piece] -= count
+
+    def _reach(self, units: Sequence[int]) -> tuple[Counter[str], Counter[int]]:
+        """How many channels of each layer, and of each piece, units are."""
+        layers = Counter[str]()
+        for unit in units:
+            layers.update(self.members[unit])
+        return layers, Counter(piece for unit in units for piece in self.pieces.get(unit, []))

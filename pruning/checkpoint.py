@@ -63,11 +63,12 @@ def save_step(folder: Path, pruned: PrunedDetector) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     names = {name for name, _ in tensors(pruned.network)}
     # What decoding needs beside the network: tensors of the detector that its forward pass does not use.
-    beside = {
-        f"detector.{name}": value for name, value in pruned.detector.state_dict().items() if name not in names
-    }
-    state = {
-        name: value.detach().cpu().contiguous() for name, value in [*tensors(pruned.network), *beside.items()]
+    own = pruned.detector.state_dict(keep_vars=True)
+    in_network = {id(value) for name, value in own.items() if name in names}  # a tied one has other names too
+    beside = {f"detector.{name}": value for name, value in own.items() if id(value) not in in_network}
+    state = {  # cloned, as safetensors refuses tensors that share memory
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in [*tensors(pruned.network), *beside.items()]
     }
     spec = pruned.spec.to_json()
     with atomic_path(folder / WEIGHTS) as path:

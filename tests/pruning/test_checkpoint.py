@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import squares
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from edgeprune.data.errors import EdgePruneError
 from edgeprune.data.files import sha256_of
@@ -58,6 +59,43 @@ def test_what_was_saved_comes_back(pruned: PrunedDetector, folder: Path) -> None
     assert [name for name, _ in loaded.network.named_parameters()] == [
         name for name, _ in pruned.network.named_parameters()
     ]
+
+
+def tied(input_size: tuple[int, int], classes: Sequence[str]) -> nn.Module:
+    """One head under four names, and beside the network one factor under three and a view of it."""
+
+    class Tied(squares.tiny_detector.TinyDetector):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__(seed=1)
+            self.heads = nn.ModuleList([self.output] * 3)
+            self.factors = nn.ParameterList([nn.Parameter(torch.ones(2))] * 3)
+            self.register_buffer("first", self.factors[0].detach()[:1])
+
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            x = self.body(images)
+            return {"cells": sum(head(x) for head in self.heads)}
+
+    return Tied().eval()
+
+
+def test_tied_tensors_come_back(square_data: Path, tmp_path: Path) -> None:
+    """A head used three times is saved once, narrow, and gives the same outputs to the bit; what is tied beside the
+    network comes back under all its names."""
+    detector: Any = tied((64, 64), ("person",))
+    detector.factors[0].detach().copy_(torch.tensor([2.0, 3.0]))
+    name = f"{Path(__file__).resolve()}:tied"
+    options = {"iterations": 1, "finetune": {"epochs": 0}}
+    *_, pruned = squares.run(square_data, tmp_path / "run", options, detector=detector, name=name)
+    save_step(tmp_path, pruned)
+    loaded = load_step(tmp_path)
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(pruned.network.eval()(images)["cells"], loaded.network(images)["cells"])
+    heads = [value for key, value in load_file(tmp_path / WEIGHTS).items() if key.endswith("output.weight")]
+    assert [head.shape for head in heads] == [pruned.network.get_parameter("output.weight").shape]
+    assert heads[0].shape[1] < 16
+    again: Any = loaded.detector
+    assert [factor.tolist() for factor in (*again.factors, again.first)] == [[2.0, 3.0]] * 3 + [[2.0]]
 
 
 def test_saving_again_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:

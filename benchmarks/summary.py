@@ -60,7 +60,7 @@ def _figures(row: ReportRow, first: ReportRow, baseline: BenchmarkResult | None)
         for name in ("p50_ms", "p90_ms", "p99_ms", "mean_ms", "std_ms", "runs"):
             figures[f"latency_{scope}_{name}"] = getattr(latency, name) if latency else None
     asked = step.latency
-    measured = asked.measured if asked else None
+    measured, memory = (asked.measured, asked.memory) if asked else (None, None)
     figures |= {
         "latency_asked_ms": asked.asked_ms if asked else None,
         "latency_predicted_ms": asked.predicted_ms if asked else None,
@@ -68,6 +68,9 @@ def _figures(row: ReportRow, first: ReportRow, baseline: BenchmarkResult | None)
         "latency_chosen_ms": measured.ms if measured else None,
         "latency_chosen_low_ms": measured.low_ms if measured else None,
         "latency_chosen_high_ms": measured.high_ms if measured else None,
+        "memory_asked_mib": memory.asked_mib if memory else None,
+        "memory_predicted_mib": memory.predicted_mib if memory else None,
+        "memory_chosen_mib": memory.measured_mib if memory else None,
     }
     figures |= step.quality.figures() if step.quality else dict.fromkeys(QUALITY_FIGURES)
     figures |= {

@@ -108,13 +108,16 @@ QUALITY_CAPTION = (
     "detections from that score up, at IoU 0.5. Miss rate: share of boxes missed at 0.1 false detections an image."
 )
 
-# Where the budget is a latency.
+# Where the budget is a latency or memory.
 BUDGET_COLUMNS: tuple[Column, ...] = (
     Column("iteration", ("iteration",), str),
     Column("latency asked ms", ("latency_asked_ms",), _latency),
     Column("predicted ms", ("latency_predicted_ms",), _latency),
     Column("measured ms", ("latency_chosen_ms",), _latency),
     Column("95 %", ("latency_chosen_low_ms", "latency_chosen_high_ms"), "{:.2f} to {:.2f}".format),
+    Column("memory asked MiB", ("memory_asked_mib",), "{:.1f}".format),
+    Column("predicted MiB", ("memory_predicted_mib",), "{:.1f}".format),
+    Column("measured MiB", ("memory_chosen_mib",), "{:.1f}".format),
 )
 
 BUDGET_CAPTION = (

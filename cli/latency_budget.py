@@ -1,5 +1,6 @@
-"""A run whose budget is a latency: its table, and the engines that are timed on its device."""
+"""A run whose budget is a latency or memory: its table, and the engines that are measured on its device."""
 
+from collections.abc import Callable
 from typing import cast
 
 from torch import nn
@@ -46,14 +47,22 @@ def latency_budget(
         def measure(network: Network) -> MeasuredLatency:
             found = timer(network)
             within = "" if found.low_ms is None else f" ({found.low_ms:.2f} to {found.high_ms:.2f})"
-            say(f"Its engine takes {found.ms:.2f} ms{within}.")
+            memory = "" if found.memory_mib is None else f" and {found.memory_mib:.1f} MiB"
+            say(f"Its engine takes {found.ms:.2f} ms{within}{memory}.")
             return found
 
+    return _budget(config, _table(config, run, device, protocol, network), measure)
+
+
+def _budget(
+    config: BuildConfig, table: LatencyTable, measure: Callable[[Network], MeasuredLatency] | None
+) -> LatencyBudget:
     return LatencyBudget(
-        table=_table(config, run, device, protocol, network),
+        table=table,
         goal_ms=config.latency_budget_ms,
         speedup=config.speedup,
         energy_mj=config.energy_budget_mj,
+        memory_mib=config.memory_budget_mib,
         measure=measure,
     )
 
@@ -62,12 +71,15 @@ def check_latency_options(config: BuildConfig, device: RunDevice) -> None:
     """Refuse what would fail after the run has begun.
 
     Raises:
-        EdgePruneError: If there is neither a device nor a table, or the table is of another device.
+        EdgePruneError: If there is neither a device nor a table, or the table is of another device, or does not
+            hold what is asked for.
     """
     if config.precision == "int8":
         raise RunError("--precision int8 has no latency tables: ask for --remove, or for fp32 or fp16")
     if config.latency_table is not None:
-        _check(LatencyTable.read(config.latency_table), config, device)
+        table = LatencyTable.read(config.latency_table)
+        _check(table, config, device)
+        _budget(config, table, None)
     elif device.away:
         raise RunError(
             f"how long kernels take on {config.target} is not known, and it is out of reach: give --host, or "

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from edgeprune.deploy.connection import Connection
     from edgeprune.deploy.session import Session
     from edgeprune.detectors import protocol
+    from edgeprune.pruning.graph import Network
     from edgeprune.pruning.groups import Groups
     from edgeprune.pruning.latency import LatencyTable, LayerUse
 
@@ -121,6 +122,7 @@ def _measure(
         "backend": f"{table.backend} {table.backend_version}",
         "kinds": len(table.kinds),
         "median_error": table.median_error,
+        "memory_median_error": table.memory and table.memory.median_error,
         "seconds": time.monotonic() - started_s,
     }
     print_rows([row], as_json=json)
@@ -145,14 +147,21 @@ def _show(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show cost against channels, and which counts of a run's network cost as much as larger ones."""
+    """Show cost against channels, and which counts of a run's network cost as much as larger ones; memory."""
     from edgeprune.cli.output import console, print_json, print_rows
-    from edgeprune.pruning.latency import LatencyTable, wasteful
+    from edgeprune.pruning.footprint import footprint
+    from edgeprune.pruning.latency import LatencyTable, layer_uses, wasteful
 
     found = LatencyTable.read(table)
-    uses = _uses(run, step) if run else ()
+    network = _network(run, step) if run else None
+    uses = () if network is None else layer_uses(network)
     wastes = wasteful(found, uses)
-    predicted_ms = found.predict_ms(uses) if run else None
+    predicted_ms = None if network is None else found.predict_ms(uses)
+    predicted_mib = (
+        None
+        if network is None or found.memory is None
+        else found.memory.predict_mib(footprint(network, found.rest_step))
+    )
     if picture is not None:
         _draw(found, uses, picture)
     rows = [
@@ -181,7 +190,15 @@ def _show(
                 "median_error": found.median_error,
                 "disturbed": found.disturbed,
                 "kinds": rows,
+                "memory": found.memory
+                and {
+                    "constant_mib": found.memory.constant_mib * found.memory.correction,
+                    "per_weight": found.memory.per_weight * found.memory.correction,
+                    "per_activation": found.memory.per_activation * found.memory.correction,
+                    "median_error": found.memory.median_error,
+                },
                 "predicted_ms": predicted_ms,
+                "predicted_mib": predicted_mib,
                 "wasteful": [asdict(each) | {"kind": str(each.kind)} for each in wastes],
             }
         )
@@ -200,9 +217,20 @@ def _show(
             + (f"; measured while disturbed: {found.disturbed}." if found.disturbed else "."),
             markup=False,
         )
-    if predicted_ms is not None:
+    if found.memory is not None:
+        model = found.memory
+        error = "" if model.median_error is None else f"; off by {model.median_error:.1%} in the median"
         out.print(
-            f"{run}: {predicted_ms:.2f} ms predicted; {len(wastes)} wasteful channel counts.", markup=False
+            f"Memory: {model.constant_mib * model.correction:.1f} MiB, "
+            f"{model.per_weight * model.correction:.2f} times the weights and "
+            f"{model.per_activation * model.correction:.2f} times the activations as float32{error}.",
+            markup=False,
+        )
+    if predicted_ms is not None:
+        memory = "" if predicted_mib is None else f" and {predicted_mib:.1f} MiB"
+        out.print(
+            f"{run}: {predicted_ms:.2f} ms{memory} predicted; {len(wastes)} wasteful channel counts.",
+            markup=False,
         )
     for each in wastes:
         out.print(f"  {each}", markup=False)
@@ -210,10 +238,9 @@ def _show(
         out.print(str(picture), markup=False, soft_wrap=True)
 
 
-def _uses(run: Path, step: int | None) -> "tuple[LayerUse, ...]":
+def _network(run: Path, step: int | None) -> "Network":
     from edgeprune.cli.run_folder import RunError, RunFolder
     from edgeprune.pruning.checkpoint import load_step
-    from edgeprune.pruning.latency import layer_uses
 
     folder = RunFolder(run)
     steps = folder.steps()
@@ -222,7 +249,7 @@ def _uses(run: Path, step: int | None) -> "tuple[LayerUse, ...]":
         raise RunError(
             f"{run} has no step{'' if chosen is None else f' {chosen}'}: `edgeprune prune` makes them"
         )
-    return layer_uses(load_step(folder.step(chosen)).network)
+    return load_step(folder.step(chosen)).network
 
 
 def _draw(table: "LatencyTable", uses: "tuple[LayerUse, ...]", path: Path) -> None:

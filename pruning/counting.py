@@ -73,11 +73,16 @@ class Terms:
 def parameter_terms(groups: Groups) -> Terms:
     """The number of parameters as a function of the units kept."""
     build = TermBuilder(groups)
+    add_parameters(build, groups)
+    return build.terms()
+
+
+def add_parameters(build: TermBuilder, groups: Groups) -> None:
+    """Add a term for each of a network's parameters."""
     for name, parameter in groups.network.named_parameters():
         axes = [axis for axis in range(parameter.dim()) if (name, axis) in groups.axes]
         rest = parameter.numel() / math.prod(parameter.shape[axis] for axis in axes)
         build.add(rest, [groups.axes[name, axis] for axis in axes])
-    return build.terms()
 
 
 def mac_terms(groups: Groups) -> Terms:

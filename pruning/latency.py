@@ -30,8 +30,9 @@ from edgeprune.data.files import read_json, write_json
 from edgeprune.pruning.counting import TermBuilder, unit_ids
 from edgeprune.pruning.graph import Network, argument, layer_of, operation, shapes
 from edgeprune.pruning.groups import Groups
+from edgeprune.pruning.memory import MemoryModel
 
-VERSION = 1
+VERSION = 2
 FILE_NAME = "latency_table.json"
 DEPTHWISE = 0  # `LayerKind.groups` where every channel is a group of its own
 MEASURED = ("conv", "conv_transpose")  # operations with stairs of their own; others are terms of the rest
@@ -140,6 +141,13 @@ def latency_terms(groups: Groups) -> LatencyTerms:
     return LatencyTerms(tuple(each.use for each in found), inputs, outputs, terms.sizes, terms.members)
 
 
+def free_operations(network: Network) -> frozenset[fx.Node]:
+    """Operations that take no time and no memory of their own: views, and what runs as part of a convolution."""
+    nodes = [node for node in network.graph.nodes if node.op == "call_function"]
+    fused = [_activation_after(node) for node in nodes if operation(node) in _CONVOLUTIONS]
+    return frozenset([*(node for node in nodes if operation(node) in _FREE), *filter(None, fused)])
+
+
 class _FoundUse(NamedTuple):
     use: LayerUse
     input: tuple[fx.Node, int]  # the tensor whose axis holds its in channels
@@ -148,16 +156,13 @@ class _FoundUse(NamedTuple):
 
 def _found_uses(network: Network) -> list[_FoundUse]:
     values = shapes(network)
-    fused: set[fx.Node] = set()
+    free = free_operations(network)
     found = []
     for node in network.graph.nodes:
-        name = operation(node)
-        if node.op != "call_function" or node in fused or name in _FREE:
+        if node.op != "call_function" or node in free:
             continue
-        if name in _CONVOLUTIONS:
+        if operation(node) in _CONVOLUTIONS:
             activation = _activation_after(node)
-            if activation is not None:
-                fused.add(activation)
             found.append(_convolution(node, values, operation(activation) if activation else ""))
         else:
             found += _other(node, values)
@@ -344,6 +349,7 @@ class LatencyTable:
     scale: float  # of every convolution: in a network over alone
     constant_ms: float  # what does not depend on channels
     networks: tuple[MeasuredNetwork, ...]
+    memory: MemoryModel | None = None  # None: the device does not tell what engines hold
     power_w: float | None = None  # mean while the unpruned network ran; None: the device does not tell
     disturbed: str | None = None  # what else the device did while whole networks ran; None: nothing was seen
     correction: float = 1.0  # measured over predicted, of the engines measured since
@@ -397,14 +403,14 @@ class LatencyTable:
     def candidates(self, kind: LayerKind, axis: str, most: int) -> tuple[int, ...]:
         """Counts worth choosing along "in" or "out", ascending, up to and with `most`: those on the steps,
         and `most` itself. Without stairs, sixteen evenly spaced ones."""
-        if kind.measured:
-            costs = self.costs(kind)
-            step = (costs.inputs if axis == "in" and not kind.one_axis else costs.outputs).step
-        else:
-            step = self.rest_step
-        if step == 1:
-            step = max(1, most // 16)
-        return (*range(step, most, step), most)
+        if not kind.measured:
+            return self.multiples(most)
+        costs = self.costs(kind)
+        return _multiples((costs.inputs if axis == "in" and not kind.one_axis else costs.outputs).step, most)
+
+    def multiples(self, most: int) -> tuple[int, ...]:
+        """Counts worth choosing where no kernel's steps are known: those of `rest_step`, and `most` itself."""
+        return _multiples(self.rest_step, most)
 
     def corrected(self, predicted_ms: float, measured_ms: float) -> LatencyTable:
         """The table that would have predicted `measured_ms`."""
@@ -486,6 +492,8 @@ class LatencyTable:
             raise LatencyTableError(
                 f"{where} is no latency table: `edgeprune latency-table measure` makes one"
             )
+        if record["version"] == 1:  # knew nothing of memory
+            record = {**record, "version": VERSION, "memory": None}
         if record["version"] != VERSION:
             raise LatencyTableError(
                 f"{where} is a latency table of version {record['version']!r}; this edgeprune reads {VERSION}"
@@ -511,6 +519,18 @@ class LatencyTable:
             raise Malformed("scale, correction and rest step must be above 0, the constant not below")
         if any(each.measured_ms <= 0 for each in self.networks):
             raise Malformed("a measured network took no time")
+        if self.memory is not None:
+            parts = (self.memory.constant_mib, self.memory.per_weight, self.memory.per_activation)
+            if min(parts) < 0 or max(parts) == 0 or self.memory.correction <= 0:
+                raise Malformed("memory must have no part below 0, one above, and a correction above 0")
+            if any(each.measured_mib <= 0 for each in self.memory.networks):
+                raise Malformed("a measured network took no memory")
+
+
+def _multiples(step: int, most: int) -> tuple[int, ...]:
+    """Ascending, up to and with `most`; sixteen evenly spaced counts where the step is 1."""
+    step = max(1, most // 16) if step == 1 else step
+    return (*range(step, most, step), most)
 
 
 @dataclass(frozen=True)

@@ -55,18 +55,35 @@ class MeasuredLatency:
     ms: float  # ratio x the unpruned engine's when the run began: free of what has slowed the device since
     low_ms: float | None  # 95 % interval; None with too few rounds for one
     high_ms: float | None
+    memory_mib: float | None = None  # that the engine holds; None: the device does not tell
+
+
+@dataclass(frozen=True)
+class MemoryRecord:
+    """The memory of a step's engine where the latency table predicts it."""
+
+    asked_mib: float | None  # None for iteration 0, and where no memory is asked for
+    predicted_mib: float  # by the table, as the measurements before had corrected it
+    measured_mib: float | None  # None: there was no device, or it did not tell
+    correction: float  # of the table's memory, after this measurement
+
+    @property
+    def mib(self) -> float:
+        """The best that is known."""
+        return self.predicted_mib if self.measured_mib is None else self.measured_mib
 
 
 @dataclass(frozen=True)
 class LatencyRecord:
-    """A step's latency in a run whose budget is one, before fine-tuning, which does not change it."""
+    """A step's engine in a run whose budget is a latency or memory, before fine-tuning, which changes neither."""
 
-    asked_ms: float | None  # None for iteration 0
+    asked_ms: float | None  # None for iteration 0, and where no latency is asked for
     predicted_ms: float  # by the table, as the measurements before had corrected it
     measured: MeasuredLatency | None  # None: there was no device
     correction: float  # of the table, after this measurement
     gap: float  # the best choice loses at most this share less importance
     trials: int  # choices that were measured
+    memory: MemoryRecord | None = None  # None: the table does not predict it
 
     @property
     def ms(self) -> float:
@@ -86,7 +103,7 @@ class PruningStep:
     channels: Mapping[str, int]  # layer -> channels it produces now
     removed: Mapping[str, int]  # layer -> channels removed in this step
     channels_removed: int  # in this step, over all layers
-    requested_share: float  # of the original parameters, MACs, channels or latency, in all up to this step
+    requested_share: float  # of the original parameters, MACs, channels, latency or memory, up to this step
     achieved_share: float
     importance: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # layer -> min, quartiles, max
     ap_before: float | None = None  # before this step's fine-tuning
@@ -99,7 +116,7 @@ class PruningStep:
     boxes: int | None = None
     finetune: FineTuneRecord | None = None
     stopped: str | None = None  # why the run ended here, if it did not reach its last step
-    latency: LatencyRecord | None = None  # where the budget is a latency
+    latency: LatencyRecord | None = None  # where the budget is a latency or memory
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -115,10 +132,10 @@ class PruningStep:
         if known.get("quality"):
             known["quality"] = DetectionQuality.from_json(known["quality"])
         if known.get("latency"):
-            measured = known["latency"]["measured"]
-            known["latency"] = LatencyRecord(
-                **{**known["latency"], "measured": measured and MeasuredLatency(**measured)}
-            )
+            latency = dict(known["latency"])
+            latency["measured"] = latency["measured"] and MeasuredLatency(**latency["measured"])
+            latency["memory"] = latency.get("memory") and MemoryRecord(**latency["memory"])
+            known["latency"] = LatencyRecord(**latency)
         known["importance"] = {layer: tuple(values) for layer, values in known["importance"].items()}
         return cls(**known)
 

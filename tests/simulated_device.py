@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from edgeprune.pruning.footprint import footprint
 from edgeprune.pruning.graph import Network
 from edgeprune.pruning.groups import find_groups
 from edgeprune.pruning.latency import (
@@ -73,7 +74,7 @@ def table_of(network: Network, step: int, alignment: int | None = None) -> Laten
 
 
 class Engines:
-    """Times a network by a table, which may be another than the one that channels are chosen by."""
+    """Measures a network by a table, which may be another than the one that channels are chosen by."""
 
     def __init__(self, table: LatencyTable, slower: float = 1.0) -> None:
         self.table = replace(table, correction=slower)
@@ -81,8 +82,9 @@ class Engines:
 
     def __call__(self, network: Network) -> MeasuredLatency:
         self.timed += 1
-        ms = self.table.predict_ms(network)
-        return MeasuredLatency(ms, ms * 0.99, ms * 1.01)
+        ms, memory = self.table.predict_ms(network), self.table.memory
+        mib = memory and memory.predict_mib(footprint(network, self.table.rest_step))
+        return MeasuredLatency(ms, ms * 0.99, ms * 1.01, mib)
 
 
 def channels_of(network: Network) -> dict[str, int]:

@@ -12,7 +12,8 @@ from edgeprune.benchmarks import latency_table as measuring
 from edgeprune.cli import app
 from edgeprune.deploy.session import Session
 from edgeprune.detectors.registry import build_detector
-from edgeprune.pruning.checkpoint import save_step, trace_detector
+from edgeprune.pruning.checkpoint import load_step, save_step, trace_detector
+from edgeprune.pruning.footprint import footprint
 from edgeprune.pruning.groups import find_groups
 from edgeprune.pruning.latency import LatencyTable, layer_uses, wasteful
 from edgeprune.pruning.records import DetectorSpec, PrunedDetector
@@ -46,6 +47,7 @@ def table(folder: Path) -> Path:
         rows = json.loads(result.stdout)
         assert rows[0]["kinds"] == 4
         assert rows[0]["median_error"] >= 0
+        assert rows[0]["memory_median_error"] >= 0
         patch.setattr(Session, "profile", None)
         patch.setattr(Session, "benchmark", None)
         assert run("measure", *measure, "--out", folder / "again.json").exit_code == 0
@@ -65,6 +67,8 @@ def test_a_real_table_predicts_the_order_of_networks(table: Path) -> None:
     assert found.predict_ms(network) < 1000
     assert (found.target, found.backend, found.precision) == ("host", "onnxruntime", "fp32")
     assert len(found.networks) == 4
+    assert found.memory is not None
+    assert 0 < found.memory.networks[0].measured_mib < 20
 
 
 def pruned_run(folder: Path) -> Path:
@@ -95,7 +99,12 @@ def test_show_names_the_wasteful_counts_of_a_run(table: Path, tmp_path: Path) ->
     shown = run("show", table, folder, "--picture", picture)
     assert shown.exit_code == 0, shown.output
     assert picture.read_text().startswith("<?xml")
-    assert "ms predicted" in shown.stdout
+    measured = LatencyTable.read(table)
+    assert measured.memory is not None
+    network = load_step(folder / "step-01").network
+    mib = measured.memory.predict_mib(footprint(network, measured.rest_step))
+    assert f"ms and {mib:.1f} MiB predicted" in " ".join(shown.stdout.split())
+    assert "Memory: " in shown.stdout
     found = json.loads(run("show", table, folder, "--json").stdout)
     groups = find_groups(trace_detector(build_detector("tiny", (SIDE, SIDE)), (SIDE, SIDE)))
     gone = [
@@ -109,6 +118,8 @@ def test_show_names_the_wasteful_counts_of_a_run(table: Path, tmp_path: Path) ->
         assert str(each) in shown.stdout
     first = json.loads(run("show", table, folder, "--step", 0, "--json").stdout)
     assert first["predicted_ms"] != found["predicted_ms"]
+    assert found["predicted_mib"] == pytest.approx(mib)
+    assert found["memory"]["per_weight"] == measured.memory.per_weight
     assert json.loads(run("show", table, "--json").stdout)["predicted_ms"] is None
 
 

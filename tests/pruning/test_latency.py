@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from edgeprune.pruning.latency import (
     layer_uses,
     wasteful,
 )
+from edgeprune.pruning.memory import MeasuredMemory, MemoryModel
 from edgeprune.pruning.surgery import remove
 
 CONV = LayerKind("conv", (8, 8), (3, 3), padding=(1, 1), activation="relu")
@@ -205,9 +206,18 @@ def test_costs_are_never_less_for_more_channels_on_the_steps(
 
 def test_the_file_gives_the_same_table(tmp_path: Path) -> None:
     """Through JSON on disk, with and without what may be absent."""
-    for each in (table(), table(power_w=3.0, networks=(), correction=1.1)):
+    memory = MemoryModel(1.0, 2.0, 0.0, (MeasuredMemory(3.0, 2.9),), 1.1)
+    for each in (table(), table(power_w=3.0, networks=(), correction=1.1), table(memory=memory)):
         each.write(tmp_path / "table.json")
         assert LatencyTable.read(tmp_path / "table.json") == each
+
+
+def test_a_file_of_version_1_holds_no_memory(tmp_path: Path) -> None:
+    """It is read as it was, and its memory is not known."""
+    record = table().to_json()
+    del record["memory"]
+    (tmp_path / "table.json").write_text(json.dumps({**record, "version": 1}))
+    assert LatencyTable.read(tmp_path / "table.json") == table()
 
 
 def spoiled() -> list[Any]:
@@ -218,13 +228,18 @@ def spoiled() -> list[Any]:
         if name not in ("options", "version"):
             bad.append({key: value for key, value in good.items() if key != name})
             bad.append({**good, name: {"no": "such"}})
-    bad += [{**good, "version": 2}, {**good, "extra": 1}, {**good, "scale": math.nan}, {**good, "scale": 0.0}]
+    bad += [{**good, "version": 3}, {**good, "extra": 1}, {**good, "scale": math.nan}, {**good, "scale": 0.0}]
     bad += [{**good, "scale": True}, {**good, "constant_ms": -1.0}, {**good, "kinds": []}]
     bad.append({**good, "kinds": good["kinds"] * 2})
     spoil: dict[str, Any]
     for spoil in ({"ms": [[1.0]]}, {"in_channels": [16, 8, 32]}, {"in_channels": []}):
         kind = good["kinds"][0]
         bad.append({**good, "kinds": [{**kind, "aligned": {**kind["aligned"], **spoil}}]})
+    memory = asdict(MemoryModel(1.0, 2.0, 0.0, (MeasuredMemory(3.0, 2.9),)))
+    for spoil in ({"per_weight": -1.0}, {"correction": 0.0}, {"constant_mib": None}, {"of": 1}):
+        bad.append({**good, "memory": {**memory, **spoil}})
+    bad.append({**good, "memory": {**memory, "per_weight": 0.0, "constant_mib": 0.0}})
+    bad.append({**good, "memory": {**memory, "networks": [{"measured_mib": 0.0, "predicted_mib": 1.0}]}})
     negative = [[-1.0] * 4] * 3
     kind = good["kinds"][0]
     bad.append({**good, "kinds": [{**kind, "aligned": {**kind["aligned"], "ms": negative}}]})

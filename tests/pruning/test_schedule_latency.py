@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from edgeprune.pruning.budget import BudgetError, Limits
 from edgeprune.pruning.checkpoint import load_step, trace_detector
+from edgeprune.pruning.footprint import footprint
 from edgeprune.pruning.graph import Network
 from edgeprune.pruning.latency import LatencyTable, Surface
+from edgeprune.pruning.memory import MemoryModel
 from edgeprune.pruning.narrowing import CLOSE, TRIALS, Candidates, LatencyBudget, within_latency
 from edgeprune.pruning.records import MeasuredLatency, PrunedDetector
 from edgeprune.pruning.schedule import prune_iteratively
@@ -77,7 +79,7 @@ def test_a_wrong_table_is_corrected(
     first = budget.begin(groups.network, groups, Limits())
     scores = np.random.default_rng(seed).lognormal(0, 1, groups.units + 1)
     candidates = Candidates(groups, scores, lambda units: remove(groups, units), groups, Limits())
-    narrow = within_latency(candidates, budget, 1 - 1 / speedup, first, first)
+    narrow = within_latency(candidates, budget, budget.final(first), first, first)
     assert narrow.latency is not None
     assert narrow.latency.measured == engines(narrow.network)
     assert engines.timed <= 1 + TRIALS + 1
@@ -140,6 +142,94 @@ def test_an_energy_is_a_latency_by_the_power(square_data: Path, network: Network
         LatencyBudget(table_of(network, 2), energy_mj=1.0)
 
 
+MEMORY = MemoryModel(0.002, 1.0, 3.0, ())
+
+
+def with_memory(network: Network, step: int) -> tuple[LatencyTable, float]:
+    """A table, and the memory of the unpruned network by it."""
+    table = replace(table_of(network, step), memory=MEMORY)
+    return table, MEMORY.predict_mib(footprint(network, step))
+
+
+@given(
+    st.floats(0.8, 1.25),
+    st.floats(0.7, 1.4),
+    st.one_of(st.none(), st.floats(1.1, 2.0)),
+    st.floats(0.4, 0.9),
+    st.integers(0, 99),
+)
+@settings(max_examples=4, deadline=None)
+def test_a_wrong_memory_model_is_corrected(
+    scale: float, per_weight: float, speedup: float | None, share: float, seed: int
+) -> None:
+    """Off by a fifth, and more for weights: what is chosen is within the memory after at most three engines, and
+    the nearer goal is met within a few steps of the stairs."""
+    groups = groups_of(seeded(Wide))
+    table, _ = with_memory(groups.network, 4)
+    truth = replace(table, memory=replace(MEMORY, per_weight=per_weight, correction=scale))
+    engines = Engines(truth)
+    unpruned_mib = engines(groups.network).memory_mib
+    assert unpruned_mib is not None
+    budget = LatencyBudget(table, speedup=speedup, memory_mib=share * unpruned_mib, measure=engines)
+    first = budget.begin(groups.network, groups, Limits())
+    scores = np.random.default_rng(seed).lognormal(0, 1, groups.units + 1)
+    candidates = Candidates(groups, scores, lambda units: remove(groups, units), groups, Limits())
+    narrow = within_latency(candidates, budget, budget.final(first), first, first)
+    record = narrow.latency
+    assert record is not None and record.memory is not None
+    assert record.measured == engines(narrow.network)
+    assert record.memory.measured_mib == record.measured.memory_mib
+    assert record.memory.asked_mib == share * unpruned_mib
+    assert engines.timed <= 1 + 1 + TRIALS + 1
+    taken = [record.memory.mib / record.memory.asked_mib]
+    taken += [record.ms / record.asked_ms] if record.asked_ms is not None else []
+    assert taken[0] <= 1
+    assert 1 - 4 * CLOSE < max(taken) <= 1 + CLOSE
+
+
+def test_memory_goes_down_in_equal_steps(square_data: Path, network: Network, tmp_path: Path) -> None:
+    """With memory alone asked for no latency is; what was asked, predicted and measured of each iteration is
+    recorded, and read back."""
+    table, whole_mib = with_memory(network, 1)
+    truth = replace(table, memory=replace(MEMORY, correction=1.25))
+    engines = Engines(truth)
+    budget = LatencyBudget(table, memory_mib=0.6 * 1.25 * whole_mib, measure=engines)
+    steps = list(prune(square_data, tmp_path, budget, iterations=2))
+    first = steps[0].steps[-1].latency
+    assert first is not None and first.memory is not None
+    assert first.memory.asked_mib is None
+    assert first.memory.predicted_mib == pytest.approx(whole_mib)
+    assert first.memory.measured_mib == pytest.approx(1.25 * whole_mib)
+    for iteration, pruned in enumerate(steps[1:], 1):
+        step, record = pruned.steps[-1], pruned.steps[-1].latency
+        assert record is not None and record.memory is not None
+        goal_mib = 1.25 * whole_mib * (1 - 0.4 * iteration / 2)
+        assert record.asked_ms is None
+        assert record.memory.asked_mib == pytest.approx(goal_mib)
+        assert record.memory.predicted_mib == pytest.approx(
+            record.memory.mib
+        )  # corrected by the unpruned engine's
+        assert 0.9 * goal_mib < record.memory.mib <= goal_mib
+        assert record.memory.mib == engines(pruned.network).memory_mib
+        assert step.requested_share == pytest.approx(0.4 * iteration / 2)
+        assert step.achieved_share == pytest.approx(1 - record.memory.mib / first.memory.mib)
+    assert load_step(tmp_path / "step-02").steps == steps[-1].steps
+
+
+def test_latency_and_memory_are_met_together(square_data: Path, network: Network, tmp_path: Path) -> None:
+    """By a table alone: whichever of the goals is the harder, no other is missed, and the energy of before still
+    is a latency."""
+    table, whole_mib = with_memory(network, 2)
+    table = replace(table, power_w=5.0)
+    whole_ms = table.predict_ms(network)
+    for number, (ms, mib) in enumerate([(0.6, 0.95), (0.95, 0.6), (0.8, 2.0)]):
+        budget = LatencyBudget(table, energy_mj=5.0 * ms * whole_ms, memory_mib=mib * whole_mib)
+        [_, pruned] = prune(square_data, tmp_path / str(number), budget, iterations=1)
+        assert table.predict_ms(pruned.network) <= ms * whole_ms * (1 + 1e-6)
+        found_mib = MEMORY.predict_mib(footprint(pruned.network, 2))
+        assert found_mib <= mib * whole_mib * (1 + 1e-6)
+
+
 class Interrupted(Exception):
     pass
 
@@ -185,15 +275,28 @@ def test_out_of_reach_is_said_at_once(square_data: Path, network: Network, tmp_p
     ms = table.predict_ms(network)
     with pytest.raises(BudgetError, match=f"takes {ms:.4g} ms"):
         list(prune(square_data, tmp_path / "met", LatencyBudget(table, goal_ms=ms * 2)))
+    table, mib = with_memory(network, 1)
+    with pytest.raises(
+        BudgetError, match=r"MiB is the least that can be left where 0.0001 MiB .*--min-channels 1"
+    ):
+        list(prune(square_data, tmp_path / "far", LatencyBudget(table, memory_mib=1e-4)))
+    with pytest.raises(BudgetError, match=rf"takes {mib:.4g} MiB, no more than {2 * mib:.4g} MiB"):
+        list(prune(square_data, tmp_path / "met", LatencyBudget(table, memory_mib=2 * mib)))
     assert not list(tmp_path.rglob("detector.json"))
 
 
 @pytest.mark.parametrize(
     ("wrong", "words"),
-    [({}, "--speedup"), ({"speedup": 0.5}, "above 1"), ({"goal_ms": -1.0}, "above 0")],
+    [
+        ({}, "--speedup"),
+        ({"speedup": 0.5}, "above 1"),
+        ({"goal_ms": -1.0}, "above 0"),
+        ({"memory_mib": -1.0}, "above 0"),
+        ({"memory_mib": 1.0}, "--memory-budget-mib: the latency table holds no memory"),
+    ],
 )
 def test_budgets_check_themselves(network: Network, wrong: dict[str, float], words: str) -> None:
-    """No goal, or one that is none, is refused."""
+    """No goal, one that is none, and one that the table knows nothing of, are refused."""
     with pytest.raises(BudgetError, match=words):
         LatencyBudget(table_of(network, 1), **wrong)
 

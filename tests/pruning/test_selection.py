@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -17,10 +18,20 @@ from small import SIDE, Gated, Residual, groups_of, seeded
 from torch import Tensor, nn
 
 from edgeprune.pruning.budget import BudgetError, Limits
+from edgeprune.pruning.footprint import footprint
 from edgeprune.pruning.groups import Groups
 from edgeprune.pruning.importance import Scores
-from edgeprune.pruning.latency import LatencyTable
-from edgeprune.pruning.selection import GAP, Selection, latency_costs, select
+from edgeprune.pruning.latency import LatencyTable, LatencyTableError
+from edgeprune.pruning.memory import MemoryModel
+from edgeprune.pruning.selection import (
+    GAP,
+    Budget,
+    Selection,
+    check_in_reach,
+    latency_costs,
+    memory_costs,
+    select,
+)
 from edgeprune.pruning.surgery import remove
 
 
@@ -71,7 +82,8 @@ def selected(
     groups: Groups, scores: Scores, table: LatencyTable, goal_ms: float, **given: object
 ) -> Selection:
     options = {"limits": Limits(), "original": channels_of(groups.network), **given}
-    return select(groups, scores, latency_costs(groups, table), goal_ms, **options)  # type: ignore[arg-type]
+    budgets = [Budget(latency_costs(groups, table), goal_ms)]
+    return select(groups, scores, budgets, **options)  # type: ignore[arg-type]
 
 
 @cache
@@ -111,15 +123,64 @@ def test_no_other_set_of_channels_is_better(
     except BudgetError:
         assert not losses
         return
-    assert found.cost == pytest.approx(choices[found.units])
+    assert found.left[0] == pytest.approx(choices[found.units])
     assert found.lost == pytest.approx(scores[list(found.units)].sum())
     if losses:
         assert found.stopped is None
-        assert found.cost <= goal_ms
+        assert found.left[0] <= goal_ms
         assert found.lost == pytest.approx(min(losses), abs=1e-6)
     else:
         assert found.stopped is not None
-        assert found.cost == pytest.approx(min(choices.values()))
+        assert found.left[0] == pytest.approx(min(choices.values()))
+
+
+MEMORY = MemoryModel(0.001, 1.2, 2.5, (), correction=1.1)
+
+
+@cache
+def every_memory(make: Callable[[], nn.Module], step: int) -> dict[tuple[int, ...], float]:
+    """The memory of the network that surgery leaves, of all sets of units that can go."""
+    groups, _, choices = every_choice(make, step)
+    return {units: MEMORY.predict_mib(footprint(remove(groups, units), step)) for units in choices}
+
+
+@given(
+    st.sampled_from([(Tiny, 2), (Split, 1)]),
+    st.one_of(st.none(), st.floats(0.4, 0.99)),
+    st.floats(0.4, 0.99),
+    st.integers(0, 1000),
+)
+@settings(max_examples=20, deadline=None)
+def test_no_other_set_within_the_memory_is_better(
+    network: tuple[Callable[[], nn.Module], int], latency_share: float | None, memory_share: float, seed: int
+) -> None:
+    """Against every set of channels of a small network, narrowed by surgery and costed as it then is: none that is
+    within the memory, and the latency where there is a goal for it, loses less; where none is, that is said."""
+    groups, table, latencies = every_choice(*network)
+    table, memories = replace(table, memory=MEMORY), every_memory(*network)
+    scores = np.random.default_rng(seed).integers(0, 20, groups.units + 1) / 4
+    goal_ms, goal_mib = latencies[()] * (latency_share or 2.0), memories[()] * memory_share
+    budgets = [Budget(memory_costs(groups, table), goal_mib)]
+    budgets += [Budget(latency_costs(groups, table), goal_ms)] if latency_share else []
+    within = [u for u, ms in latencies.items() if ms <= goal_ms and memories[u] <= goal_mib]
+    given = {"limits": Limits(), "original": channels_of(groups.network)}
+    if not within:
+        with pytest.raises(BudgetError, match=f"MiB.*is the least that can be left where {goal_mib:.4g} MiB"):
+            check_in_reach(groups, budgets, **given)  # type: ignore[arg-type]
+        return
+    check_in_reach(groups, budgets, **given)  # type: ignore[arg-type]
+    found = select(groups, scores, budgets, gap=0.0, **given)  # type: ignore[arg-type]
+    assert found.stopped is None
+    assert found.left == pytest.approx((memories[found.units], latencies[found.units])[: len(budgets)])
+    assert found.left[0] <= goal_mib * (1 + 1e-9)
+    assert found.left[-1] <= (goal_ms if latency_share else goal_mib) * (1 + 1e-9)
+    assert found.lost == pytest.approx(min(scores[list(units)].sum() for units in within), abs=1e-6)
+
+
+def test_a_table_without_memory_has_no_memory_costs() -> None:
+    """It is said, not taken for 0."""
+    with pytest.raises(LatencyTableError, match="holds no memory"):
+        memory_costs(NETWORKS[0], table_of(NETWORKS[0].network, 1))
 
 
 NETWORKS = [groups_of(seeded(make)) for make in (Pyramid, Residual, Gated)]
@@ -150,19 +211,19 @@ def test_within_goal_and_limits(
             assert "nothing can be removed" in str(error)
             continue
         narrow = remove(groups, found.units)
-        assert table.predict_ms(narrow) == pytest.approx(found.cost)
+        assert table.predict_ms(narrow) == pytest.approx(found.left[0])
         for layer, left in channels_of(narrow).items():
             if left < original[layer]:
                 assert left >= limits.min_channels
                 assert original[layer] - left <= original[layer] * limits.max_layer_ratio + 1e-9
                 assert left % limits.channel_multiple == 0
         if found.stopped is None:
-            assert found.cost <= whole_ms * share * (1 + 1e-6)
+            assert found.left[0] <= whole_ms * share * (1 + 1e-6)
             assert 0 <= found.gap <= GAP + 1e-9
             assert found.lost * (1 - found.gap) <= least + 1e-9
             least = min(least, found.lost)
         else:
-            assert found.cost > whole_ms * share
+            assert found.left[0] > whole_ms * share
             assert "--" in found.stopped
 
 
@@ -229,17 +290,23 @@ class Shuffled(nn.Module):
         return self.head(x)
 
 
-def test_a_coupled_network_is_solved_quickly() -> None:
-    """Shuffled channels couple all units; the gap is closed in seconds."""
+@pytest.mark.parametrize("memory_share", [None, 0.8])
+def test_a_coupled_network_is_solved_quickly(memory_share: float | None) -> None:
+    """Shuffled channels couple all units; the gap is closed in seconds, also with a second budget."""
     groups = groups_of(seeded(Shuffled))
-    table = table_of(groups.network, 8)
+    table = replace(table_of(groups.network, 8), memory=MEMORY)
     scores = np.random.default_rng(0).lognormal(0, 1.5, groups.units + 1)
+    budgets = [Budget(latency_costs(groups, table), table.predict_ms(groups.network) / 1.5)]
+    if memory_share is not None:
+        memory = memory_costs(groups, table)
+        budgets.append(Budget(memory, memory_share * memory.of(())))
     begun = time.monotonic()
-    found = selected(groups, scores, table, table.predict_ms(groups.network) / 1.5)
+    found = select(groups, scores, budgets, limits=Limits(), original=channels_of(groups.network))
     assert found.stopped is None
     assert found.gap <= GAP
     assert time.monotonic() - begun < 20
+    assert all(left <= budget.goal * (1 + 1e-6) for left, budget in zip(found.left, budgets, strict=True))
     narrow = remove(groups, found.units)
-    assert table.predict_ms(narrow) == pytest.approx(found.cost)
+    assert table.predict_ms(narrow) == pytest.approx(found.left[0])
     with torch.no_grad():
         assert narrow(torch.zeros(1, 3, SIDE, SIDE)).shape == (1, 4, SIDE // 2, SIDE // 2)

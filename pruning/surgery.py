@@ -129,18 +129,20 @@ def masked(groups: Groups, units: Collection[int], stand_ins: StandIns | None = 
 
 
 def largest_difference(left: Network, right: Network, inputs: tuple[Tensor, ...]) -> float:
-    """Largest difference of any output, relative to that output's range in `left`; both run in eval mode."""
+    """Largest difference of any output, relative to that output's range in `left`; both run in eval mode.
+
+    Not a number where an output is.
+    """
     modes = left.training, right.training
     with torch.no_grad():
         a = pytree.tree_leaves(left.eval()(*inputs))
         b = pytree.tree_leaves(right.eval()(*inputs))
     left.train(modes[0])
     right.train(modes[1])
-    worst = 0.0
-    for x, y in zip(a, b, strict=True):
-        span = (x.max() - x.min()).item() or 1.0
-        worst = max(worst, (x - y).abs().max().item() / span)
-    return worst
+    differences = [
+        (x - y).abs().max().item() / ((x.max() - x.min()).item() or 1.0) for x, y in zip(a, b, strict=True)
+    ]
+    return float(np.max(differences))  # not a number where one is; Python's max would drop it
 
 
 def replay(groups: Groups, kept: Mapping[str, Collection[int]], added_biases: Collection[str]) -> Network:
@@ -195,6 +197,12 @@ def channel_ids(groups: Groups, reader: Reader) -> npt.NDArray[np.int64]:
     return np.broadcast_to(by_position(labels.array, reader.dim)[:, 0], (labels.shape[reader.dim],))
 
 
+def removable_readers(groups: Groups) -> tuple[Reader, ...]:
+    """Readers of channels that may go: not of pictures, nor of what is protected as a whole."""
+    removable = _gone(groups, [unit for group in groups.groups for unit in group.units])
+    return tuple(reader for reader in groups.readers if removable[channel_ids(groups, reader)].any())
+
+
 def _add_bias(graph: fx.Graph, values: dict[str, Tensor], weight: str, shift: Tensor) -> list[str]:
     """Add `shift` to the bias of all that uses `weight`; returns the layer if it had no bias before."""
     users = [
@@ -206,6 +214,8 @@ def _add_bias(graph: fx.Graph, values: dict[str, Tensor], weight: str, shift: Te
         values[bias.target] = nn.Parameter(old.detach() + shift, requires_grad=old.requires_grad)
         return []
     name = f"{layer_of(weight)}.bias" if weight.endswith(".weight") else f"{weight}_bias"
+    while name in values:  # a layer that adds a bias of its own by hand
+        name += "_"
     values[name] = nn.Parameter(shift.clone(), requires_grad=values[weight].requires_grad)
     for node in users:
         with graph.inserting_before(node):

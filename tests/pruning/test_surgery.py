@@ -1,6 +1,7 @@
 """The narrowed network is the original with the removed channels replaced by a constant."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -167,7 +168,26 @@ def test_random_networks(tree: object, seed: int, share: float) -> None:
 
 # --- folded means -------------------------------------------------------------------------------------------
 
+
+class OwnBias(nn.Module):
+    """A convolution whose bias is a parameter that it adds itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3)
+        self.second = nn.Module()
+        self.second.weight = nn.Parameter(torch.randn(5, 6, 1, 1))
+        self.second.bias = nn.Parameter(torch.randn(5))
+        self.last = nn.Conv2d(5, 2, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = functional.conv2d(functional.silu(self.first(images)), self.second.weight)
+        last: Tensor = self.last(functional.silu(features + self.second.bias.view(1, -1, 1, 1)))
+        return last
+
+
 UNPADDED = {
+    "bias added by hand": OwnBias,
     "convolution": lambda: nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 6, 3, bias=False), nn.ReLU(), nn.Conv2d(6, 2, 3)
     ),
@@ -377,3 +397,15 @@ def test_blocks_that_change_their_kind_are_replayed() -> None:
     replayed = replay(groups, narrow.kept, ())
     replayed.load_state_dict(narrow.state_dict(), strict=True)
     assert largest_difference(narrow, replayed, pictures) == 0.0
+
+
+def test_what_is_not_a_number_differs() -> None:
+    """An output that is not a number is no small difference."""
+    network = trace(nn.Conv2d(1, 2, 1), torch.zeros(1, 1, 2, 2))
+    broken = copy.deepcopy(network)
+    with torch.no_grad():
+        next(broken.parameters()).fill_(math.nan)
+    images = (torch.zeros(1, 1, 2, 2),)
+    assert largest_difference(network, network, images) == 0
+    assert math.isnan(largest_difference(network, broken, images))
+    assert math.isnan(largest_difference(broken, network, images))

@@ -141,10 +141,13 @@ def _build(
     """Prune, export, deploy and measure a detector: the whole way from weights to a report."""
     from edgeprune.cli import build as stages
     from edgeprune.cli.output import print_report
+    from edgeprune.cli.processes import together
 
     options = stages.ReportOptions(frames, flag_ap_drop)
-    report = stages.build(config, run_dir, connection, resume=resume, strict=strict, options=options)
-    print_report(*report, as_json=json, flag_ap_drop=flag_ap_drop)
+    with together(config.train_device):
+        report = stages.build(config, run_dir, connection, resume=resume, strict=strict, options=options)
+    if report:
+        print_report(*report, as_json=json, flag_ap_drop=flag_ap_drop)
 
 
 @app.command("prune")
@@ -162,8 +165,12 @@ def _prune(
     """First stage alone: prune and fine-tune. `build --resume` with the same options does the rest."""
     from edgeprune.cli import build as stages
     from edgeprune.cli.output import print_report
+    from edgeprune.cli.processes import together
 
-    print_report(stages.prune(config, run_dir, connection, resume=resume, strict=strict), as_json=json)
+    with together(config.train_device):
+        report = stages.prune(config, run_dir, connection, resume=resume, strict=strict)
+    if report:
+        print_report(report, as_json=json)
 
 
 @app.command("deploy")

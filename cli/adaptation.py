@@ -16,6 +16,7 @@ from edgeprune.cli.progress import progress, say
 from edgeprune.cli.run_folder import RunError, RunFolder
 from edgeprune.data.dataset import Dataset
 from edgeprune.data.files import read_json, sha256_of, write_json
+from edgeprune.detectors import distributed
 from edgeprune.detectors.adaptation import AdaptOptions, AdaptResult, adapt
 from edgeprune.detectors.registry import load_detector, save_weights
 from edgeprune.detectors.training import EpochRecord
@@ -59,18 +60,20 @@ class Request:
 def adapt_in(folder: Path, request: Request, device: str) -> dict[str, Any]:
     """Adapt, or find it done: the record, with `result`. The caller holds the folder's lock.
 
-    An interrupted adaptation goes on after its last whole epoch.
+    An interrupted adaptation goes on after its last whole epoch. Of several processes all train, and the first writes.
 
     Raises:
         RunError: If another adaptation was begun in the folder.
         EdgePruneError: If training fails or something cannot be written.
     """
     asked = {"schema_version": SCHEMA_VERSION, **request.to_json()}
-    record = _begun(folder, asked)
+    first = distributed.rank() == 0
+    record = distributed.from_first(_begun(folder, asked) if first else None)
     if record is None:
         record = {**asked, "data": dict(request.data)}
-        folder.mkdir(exist_ok=True)
-        write_json(folder / RECORD, record)
+        if first:
+            folder.mkdir(exist_ok=True)
+            write_json(folder / RECORD, record)
     if "result" not in record:
         result = adapt(
             request.detector,
@@ -83,12 +86,14 @@ def adapt_in(folder: Path, request: Request, device: str) -> dict[str, Any]:
             on_epoch=lambda epoch: say(_line(epoch)),
             device=device,
         )
-        save_weights(folder / WEIGHTS, request.name, request.detector)
-        record = {**record, "result": _result(result, sha256_of(folder / WEIGHTS))}
-        write_json(folder / RECORD, record)
-    for checkpoint in folder.glob("checkpoint*.pt"):
-        checkpoint.unlink()
-    return record
+        if first:
+            save_weights(folder / WEIGHTS, request.name, request.detector)
+            record = {**record, "result": _result(result, sha256_of(folder / WEIGHTS))}
+            write_json(folder / RECORD, record)
+    if first:
+        for checkpoint in folder.glob("checkpoint*.pt"):
+            checkpoint.unlink()
+    return distributed.from_first(record)
 
 
 def adapted(folder: Path, request: Request, device: str) -> nn.Module:

@@ -4,14 +4,15 @@ Each stage reads and writes the run folder (`cli/run_folder.py`). A stage is don
 and names the hashes of what lies beside it: a resumed run goes on with the first thing that is missing.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from mimetypes import guess_type
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 import edgeprune.data
 from edgeprune.benchmarks.measure import benchmark_engines
@@ -27,7 +28,7 @@ from edgeprune.cli.latency_budget import check_latency_options, latency_budget
 from edgeprune.cli.progress import device_progress, progress, say
 from edgeprune.cli.run_device import RunDevice, plan_of, run_target
 from edgeprune.cli.run_folder import RunError, RunFolder, RunRecord
-from edgeprune.cli.unlabelled import unlabelled_images
+from edgeprune.cli.unlabelled import refuse_shared, unlabelled_images
 from edgeprune.data.dataset import Dataset, load_dataset
 from edgeprune.data.errors import DataError
 from edgeprune.data.files import read_json, sha256_of, write_json
@@ -44,15 +45,17 @@ from edgeprune.deploy.device.imaging import Preprocessing
 from edgeprune.deploy.records import Engine
 from edgeprune.deploy.session import Session, image_files
 from edgeprune.deploy.targets import load_target
+from edgeprune.detectors import distributed
 from edgeprune.detectors.adaptation import AdaptOptions
 from edgeprune.detectors.evaluation import detect
 from edgeprune.detectors.protocol import Detector, Progress
-from edgeprune.detectors.registry import load_detector, slug
+from edgeprune.detectors.registry import load_detector, published_files, slug
 from edgeprune.detectors.training import FineTuneOptions
 from edgeprune.export.model import Batch, ExportedModel
 from edgeprune.export.target import Int8Options, Precision, TargetExport, export_for_target
 from edgeprune.pruning.budget import Limits
 from edgeprune.pruning.checkpoint import load_step
+from edgeprune.pruning.narrowing import LatencyBudget
 from edgeprune.pruning.records import PrunedDetector
 from edgeprune.pruning.schedule import PruningData, PruningOptions, prune_iteratively
 
@@ -79,24 +82,26 @@ def build(
     resume: bool,
     strict: bool = False,
     options: ReportOptions = DEFAULT_REPORT,
-) -> tuple[Report, Sequence[Path]]:
-    """From weights to a report.
+) -> tuple[Report, Sequence[Path]] | None:
+    """From weights to a report. Of several processes (`together`) all prune, and the first does the rest.
 
     Returns:
-        The report, and the files that hold it.
+        The report, and the files that hold it; None in all processes but the first.
 
     Raises:
         EdgePruneError: What a user can act on, from any stage.
         KeyboardInterrupt: Saying how to go on.
     """
-    device = RunDevice.find(config.target, connection)  # what is wrong with it is better known before hours
-    config = replace(config, target=device.target.name)  # which "auto" left open
-    if config.precision not in device.target.precisions:
+    config, device = _found(config, connection)  # what is wrong with it is better known before hours
+    if device and config.precision not in device.target.precisions:
         known = ", ".join(device.target.precisions)
         raise RunError(
             f"{config.target} has no {config.precision} in hardware; --precision is one of: {known}"
         )
     with _running(config, run_dir, device, resume=resume, strict=strict) as (run, steps, val):
+        if device is None:
+            _to_the_end(steps)
+            return None
         device.save(run.path)
         models, engines = [], []
         for pruned in steps:
@@ -116,17 +121,28 @@ def build(
 
 def prune(
     config: BuildConfig, run_dir: Path | None, connection: Connection, *, resume: bool, strict: bool = False
-) -> Report:
-    """The first stage alone; errors as `build`. The device is asked nothing, unless for what it is or for a
-    latency to come down to."""
+) -> Report | None:
+    """The first stage alone; None and errors as `build`. The device is asked nothing, unless for what it is or
+    for a latency to come down to."""
     device = None
     if config.target == AUTO or config.by_latency:
-        device = RunDevice.find(config.target, connection)
-        config = replace(config, target=device.target.name)
+        config, device = _found(config, connection)
     with _running(config, run_dir, device, resume=resume, strict=strict) as (run, steps, _):
-        for _ in steps:
-            pass
-        return load_report(run.path)
+        _to_the_end(steps)
+        return load_report(run.path) if distributed.rank() == 0 else None
+
+
+def _found(config: BuildConfig, connection: Connection) -> tuple[BuildConfig, RunDevice | None]:
+    """The run's device, which the first process alone reaches, and the configuration with its kind."""
+    device = RunDevice.find(config.target, connection) if distributed.rank() == 0 else None
+    kind = distributed.from_first(device.target.name if device else None)
+    assert kind is not None
+    return replace(config, target=kind), device  # "auto" left it open
+
+
+def _to_the_end(steps: Iterator[PrunedDetector]) -> None:
+    for _ in steps:
+        pass
 
 
 def export(path: Path, step: int | None, variant: ExportVariant) -> list[dict[str, Any]]:
@@ -339,21 +355,16 @@ def _running(
     options, training = _pruning_options(config), training_device(config.train_device)
     if config.train is None:
         say("No --train and --val: the street video vtest.avi, with the labels that come with edgeprune.")
-    train, val = _load_train(config, strict=strict), _load_val(config, strict=strict)
-    names = config.class_names
-    select = load_labels(config.select, None, names, strict=strict) if config.select else None
-    unlabelled = [_usable(unlabelled_images(path, val), strict=strict) for path in config.unlabelled]
-    read = {"train": train, "val": val} | ({"select": select} if select else {})
-    read |= {f"unlabelled {number}": dataset for number, dataset in enumerate(unlabelled, 1)}
-    train, select = (train, select) if select else train.hold_out(SELECT_SHARE, config.seed)
-    data = PruningData(train, select, val, tuple(unlabelled))
+    data, read = _read(config, strict=strict)
     weights = sha256_of(config.weights) if config.weights else None
     size = (config.input_size, config.input_size)
     detector = load_detector(config.detector, config.weights, size, config.class_names)
-    hashes = {"train": train.sha256, "val": val.sha256, "weights": weights}
+    hashes: dict[str, Any] = {name: dataset.sha256 for name, dataset in read.items()}
+    hashes |= {"train": data.train.sha256, "weights": weights or published_files(config.detector)}
     record = RunRecord.of(config, hashes, read)
-    with run.lock():
-        found = run.start(record, resume=resume)
+    first = distributed.rank() == 0
+    with run.lock() if first else nullcontext():
+        found = run.start(record, resume=resume) if first else None
         if found is not None and found.versions != record.versions:
             say(f"{run.path} began with other versions (see run.json): the result may differ.")
         try:
@@ -364,14 +375,14 @@ def _running(
                     config.detector,
                     detector,
                     weights,
-                    train,
-                    select,
+                    data.train,
+                    data.select,
                     adapting,
                     config.seed,
                     record.data["train"],
                 )
                 detector = adapted(run.path / "adapted", request, training)
-            latency = latency_budget(config, run, device, detector) if device and config.by_latency else None
+            latency = _latency_budget(config, run, device, detector) if config.by_latency else None
             steps = prune_iteratively(
                 config.detector,
                 detector,
@@ -382,10 +393,38 @@ def _running(
                 stage=progress,
                 latency=latency,
             )
-            yield run, steps, val
+            yield run, steps, data.val
         except KeyboardInterrupt:
             how = f"Interrupted; {run.path} keeps what is done. The same command with --resume goes on."
             raise KeyboardInterrupt(how) from None
+
+
+def _read(config: BuildConfig, *, strict: bool) -> tuple[PruningData, Mapping[str, Dataset]]:
+    """The data of a run, with nothing in two parts that must be kept apart; the data sets as they were named."""
+    train, val = _load_train(config, strict=strict), _load_val(config, strict=strict)
+    read = {"train": train, "val": val}
+    if config.select:
+        read["select"] = select = load_labels(config.select, None, config.class_names, strict=strict)
+        refuse_shared(f"--select {config.select}", select, {"--val": val})
+    else:
+        train, select = train.hold_out(SELECT_SHARE, config.seed)
+    apart = {"--val": val, "--select" if config.select else "what is held out of --train": select}
+    for number, path in enumerate(config.unlabelled, 1):
+        read[f"unlabelled {number}"] = images = _usable(unlabelled_images(path), strict=strict)
+        refuse_shared(f"--unlabelled {path}", images, apart)
+    unlabelled = tuple(images for name, images in read.items() if name.startswith("unlabelled"))
+    return PruningData(train, select, val, unlabelled), read
+
+
+def _latency_budget(
+    config: BuildConfig, run: RunFolder, device: RunDevice | None, detector: nn.Module
+) -> LatencyBudget:
+    """As `latency_budget`, in all processes; the first one measures."""
+    own = latency_budget(config, run, device, detector) if device else None
+    shared = distributed.from_first(own and replace(own, measure=None))
+    budget = own or shared
+    assert budget is not None
+    return budget
 
 
 def _pruning_options(config: BuildConfig) -> PruningOptions:
@@ -394,13 +433,12 @@ def _pruning_options(config: BuildConfig) -> PruningOptions:
     multiple = config.channel_multiple or usual
     share: dict[str, Any] = {}
     if not config.by_latency:
-        share = {"remove": config.remove, "budget": config.budget}
+        share = {"remove": config.remove, "budget": config.budget, "per": config.per}
     return PruningOptions(
         **share,
         iterations=config.iterations,
         schedule=config.schedule,
         criterion=config.criterion,
-        per=config.per,
         replacement=config.replacement,
         limits=Limits(config.min_channels, config.max_layer_ratio, multiple),
         protect=config.protect,

@@ -23,11 +23,11 @@ class BuildConfig:
     val: Path | None
     val_images: Path | None
     iterations: int
-    remove: float | None  # share of the budget; None, with budget: a latency is asked for
+    remove: float | None  # share of the budget; None, with budget and per: a latency or memory is asked for
     budget: str | None
     schedule: str
     criterion: str
-    per: str
+    per: str | None
     replacement: str
     min_channels: int
     max_layer_ratio: float
@@ -46,7 +46,8 @@ class BuildConfig:
     latency_budget_ms: float | None = None
     speedup: float | None = None
     energy_budget_mj: float | None = None
-    latency_table: Path | None = None  # None: measured, where a latency is asked for
+    memory_budget_mib: float | None = None
+    latency_table: Path | None = None  # None: measured, where a latency or memory is asked for
 
     def __post_init__(self) -> None:
         """Check what one option alone cannot show; ValueError says which options clash."""
@@ -58,21 +59,27 @@ class BuildConfig:
             raise ValueError("--classes names no class")
         if self.train is None and (self.train_images or self.val_images):
             raise ValueError("--train-images and --val-images need --train and --val")
-        if self.by_latency and (self.remove, self.budget) != (None, None):
+        if self.unlabelled and not (self.distill and self.finetune_epochs):
             raise ValueError(
-                "--remove and --budget do not go with --speedup, --latency-budget-ms, --energy-budget-mj"
+                "--unlabelled needs distillation: it does not go with --no-distill or --finetune-epochs 0"
+            )
+        if self.by_latency and (self.remove, self.budget, self.per) != (None, None, None):
+            raise ValueError(
+                "--remove, --budget and --per do not go with --speedup, --latency-budget-ms, --energy-budget-mj, "
+                "--memory-budget-mib"
             )
         if self.speedup is not None and self.latency_budget_ms is not None:
             raise ValueError("--speedup and --latency-budget-ms exclude each other")
         if self.latency_table is not None and not self.by_latency:
-            raise ValueError("--latency-table needs --speedup, --latency-budget-ms or --energy-budget-mj")
+            raise ValueError(
+                "--latency-table needs --speedup, --latency-budget-ms, --energy-budget-mj or --memory-budget-mib"
+            )
 
     @property
     def by_latency(self) -> bool:
-        """Whether a latency, or an energy, is asked for instead of a share of a cost."""
-        return any(
-            value is not None for value in (self.latency_budget_ms, self.speedup, self.energy_budget_mj)
-        )
+        """Whether a latency, energy or memory of the engine is asked for instead of a share of a cost."""
+        asked = (self.latency_budget_ms, self.speedup, self.energy_budget_mj, self.memory_budget_mib)
+        return any(value is not None for value in asked)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "BuildConfig":
@@ -87,7 +94,7 @@ class BuildConfig:
         if config.by_latency:
             return config
         remove = 0.4 if config.remove is None else config.remove
-        return replace(config, remove=remove, budget=config.budget or "params")
+        return replace(config, remove=remove, budget=config.budget or "params", per=config.per or "params")
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -100,6 +107,8 @@ class BuildConfig:
         values = {f.name: record[f.name] for f in fields(cls) if f.default is MISSING or f.name in record}
         values |= {name: Path(values[name]) for name in paths if values.get(name) is not None}
         values["unlabelled"] = tuple(Path(path) for path in values["unlabelled"])
+        if values["remove"] is None:
+            values["per"] = None  # a run of before kept it, though it decided nothing
         return cls(**values | {"protect": tuple(values["protect"])})
 
     def to_json(self) -> dict[str, Any]:

@@ -109,14 +109,20 @@ def _table(
 
 
 def _check(table: LatencyTable, config: BuildConfig, device: RunDevice) -> None:
-    """That a table is of the run's device, as far as that is known."""
+    """That a table is of the run's device, as far as that is known.
+
+    Milliseconds are corrected by what engines take; energy is by the table's power, which is of its power mode.
+    """
     info = None if device.away else device.session.probe()
+    power_mode = device.connection.power_mode or (info.power_mode if info else None)
     table.check(
         device=info.board if info else table.device,
         target=config.target,
         backend=info.backend if info else table.backend,
         backend_version=info.backend_version if info else table.backend_version,
         precision=config.precision,
+        dla_core=device.connection.engine_options(device.target).get("dla_core"),
+        power_mode=None if config.energy_budget_mj is None else power_mode,
     )
 
 

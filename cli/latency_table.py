@@ -42,7 +42,7 @@ def measured_table(
     Args:
         groups: of the unpruned network.
         options: of the engine.
-        again: whole networks are measured although the cache has them.
+        again: all is measured although the cache has it.
 
     Raises:
         DeviceError: If the device fails.
@@ -82,7 +82,7 @@ def _measure(
         bool,
         typer.Option(
             "--again",
-            help="Measure whole networks again: what is kept of them was disturbed, or the device has changed.",
+            help="Measure all again, and keep that: what was kept was disturbed, or the device has changed.",
         ),
     ] = False,
     json: Json = False,
@@ -114,7 +114,7 @@ def _measure(
     table.write(out)
     if table.disturbed is not None:
         say(
-            f"Whole networks were disturbed: {table.disturbed}. On a quiet device, --again measures them anew."
+            f"Whole networks were disturbed: {table.disturbed}. On a quiet device, --again measures all anew."
         )
     row = {
         "table": str(out),

@@ -40,7 +40,8 @@ class RunRecord:
 
     config: BuildConfig
     hashes: Mapping[str, Any]
-    """SHA-256 of "train", "val" and "weights": these by file where they are published ones, None without a file."""
+    """SHA-256 of "train", "val", "weights" (by file where they are published ones, None without a file), and of
+    "select" and "unlabelled 1", "unlabelled 2" ... where there are any."""
     versions: Mapping[str, str]
     data: Mapping[str, Any] = field(default_factory=dict)
     """What `contents_of` says of each data set."""
@@ -53,9 +54,13 @@ class RunRecord:
         """The record of a run that this process begins now."""
         import torch
 
+        from edgeprune.detectors import distributed
+
         versions = {name: version(name) for name in _PACKAGES}
         threads = str(torch.get_num_threads())  # sums depend on how they are split over threads
         versions = {"python": platform.python_version(), "threads": threads} | versions
+        if (processes := distributed.world_size()) > 1:  # over which they are split too
+            versions["processes"] = str(processes)
         contents = {name: contents_of(dataset) for name, dataset in data.items()}
         command = shlex.join(["edgeprune", *sys.argv[1:]])
         return cls(config, hashes, versions, contents, command, datetime.date.today().isoformat())
@@ -73,7 +78,7 @@ class RunRecord:
 
     def differences(self, other: "RunRecord") -> list[str]:
         """What keeps this run from going on as `other`: options, data and weights."""
-        # A run of before has no hash of published weights.
+        # A run of before has no hash of published weights, nor of "select" and "unlabelled".
         changed = [name for name, found in self.hashes.items() if other.hashes.get(name) not in (None, found)]
         return self.config.differences(other.config) + [
             f"the {name} file has other contents" for name in changed

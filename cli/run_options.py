@@ -74,7 +74,8 @@ TrainImages = Annotated[
 Select = Annotated[
     Path | None,
     typer.Option(
-        help="Labelled images to choose the best epoch by, instead of a held-out part of --train.",
+        help="Labelled images to choose the best epoch by, instead of a held-out part of --train. Nothing of --val may "
+        "be in it.",
         show_default=False,
     ),
 ]
@@ -82,7 +83,8 @@ Unlabelled = Annotated[
     list[Path],
     typer.Option(
         help="Further images to follow the unpruned detector on, without labels: a folder, a video, or its frames "
-        "FIRST to LAST as video.avi#FIRST-LAST. Nothing of --val may be in it. May be given several times.",
+        "FIRST to LAST as video.avi#FIRST-LAST. Nothing of --val or --select, or held out, may be in it. May be given "
+        "several times.",
         show_default=False,
     ),
 ]
@@ -142,15 +144,24 @@ EnergyBudgetMj = Annotated[
     float | None,
     typer.Option(
         min=0.0,
-        help="Instead of --remove, or beside the two above: millijoules an image may take, on a device that tells "
-        "its power.",
+        help="Instead of --remove, or beside the two above: millijoules an image may take, of the engine alone, at "
+        "the power that the latency table tells: the board's, idle power included, while the unpruned network ran.",
+        show_default=False,
+    ),
+]
+MemoryBudgetMib = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        help="Instead of --remove, or beside the three above: MiB that the engine may hold, weights and activations, "
+        "on a device that tells.",
         show_default=False,
     ),
 ]
 LatencyTable = Annotated[
     Path | None,
     typer.Option(
-        help="What kernels cost on the target's device, from `edgeprune latency-table measure`, for the three above. "
+        help="What kernels cost on the target's device, from `edgeprune latency-table measure`, for the four above. "
         "Default: measured on the device when the run begins.",
         show_default=False,
     ),
@@ -171,10 +182,11 @@ Criterion = Annotated[
     ),
 ]
 Per = Annotated[
-    Literal["params", "macs", "none"],
+    Literal["params", "macs", "none"] | None,
     typer.Option(
         help="Rank channels by importance per parameter saved, per multiply-accumulate saved, or by "
-        "importance alone."
+        "importance alone. Not where a latency, energy or memory is asked for.",
+        show_default="params",
     ),
 ]
 Replacement = Annotated[
@@ -241,7 +253,7 @@ MinAp = Annotated[
     typer.Option(
         min=0.0,
         max=1.0,
-        help="End the run with the step whose AP on held-out training data falls below this.",
+        help="End the run before the step whose AP on held-out training data falls below this; that step is dropped.",
         show_default=False,
     ),
 ]
@@ -250,7 +262,8 @@ StopApDrop = Annotated[
     typer.Option(
         min=0.0,
         max=1.0,
-        help="End the run with the step that lost more AP than this on held-out training data.",
+        help="End the run before the step that lost more AP than this, against the unpruned detector, on held-out "
+        "training data; that step is dropped.",
         show_default=False,
     ),
 ]
@@ -285,10 +298,11 @@ def _options(
     speedup: Speedup = None,
     latency_budget_ms: LatencyBudgetMs = None,
     energy_budget_mj: EnergyBudgetMj = None,
+    memory_budget_mib: MemoryBudgetMib = None,
     latency_table: LatencyTable = None,
     schedule: Schedule = "linear",
     criterion: Criterion = "taylor-sum",
-    per: Per = "params",
+    per: Per = None,
     replacement: Replacement = "linear",
     min_channels: MinChannels = 1,
     max_layer_ratio: MaxLayerRatio = 1.0,

@@ -1,6 +1,7 @@
-"""Images without labels to follow the unpruned detector on, none of which may be validated on."""
+"""Images that must be kept apart: what trains without labels, what selects, what reports."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from edgeprune.cli.run_folder import RunError
@@ -10,11 +11,11 @@ from edgeprune.data.files import sha256_of
 EVERY = 5  # frames of a video are nearly the same
 
 
-def unlabelled_images(source: Path, val: Dataset) -> Dataset:
+def unlabelled_images(source: Path) -> Dataset:
     """Images of a folder, of a video, or of its frames FIRST to LAST (``video.avi#FIRST-LAST``).
 
     Raises:
-        RunError: If it shares an image, or a time range of a video, with `val`.
+        RunError: If the video has no frame in the range.
         DataError: If there are no images, or the video does not open.
     """
     found = re.fullmatch(r"(.+)#(\d+)-(\d+)", source.name)
@@ -26,21 +27,32 @@ def unlabelled_images(source: Path, val: Dataset) -> Dataset:
         images = images.subset(index for index, number in enumerate(numbers) if first <= number <= last)
         if not len(images):
             raise RunError(f"--unlabelled {source}: the video has no frame from {first} to {last}")
-    if shared := _shared(images, val):
-        raise RunError(
-            f"--unlabelled {source} shares {shared} with --val: an AP on images that were trained on says little"
-        )
     return images
 
 
-def _shared(images: Dataset, val: Dataset) -> str | None:
+def refuse_shared(name: str, images: Dataset, others: Mapping[str, Dataset]) -> None:
+    """Keep images that train or select apart from those that select or report.
+
+    Raises:
+        RunError: If the images share one, by its content, or a time range of a video, with another data set.
+    """
+    for other, dataset in others.items():
+        if shared := _shared(images, dataset):
+            raise RunError(
+                f"{name} shares {shared} with {other}: an AP on images that were trained on or chosen by says little"
+            )
+
+
+def _shared(images: Dataset, others: Dataset) -> str | None:
     """What the two have in common; frames of one video count as shared where their time ranges overlap."""
-    ours, theirs = _frames(images), _frames(val)
+    ours, theirs = _frames(images), _frames(others)
     for video, numbers in ours.items():
         other = theirs.get(video, [])
         if other and min(numbers) <= max(other) and min(other) <= max(numbers):
             return f"frames {max(min(numbers), min(other))} to {min(max(numbers), max(other))} of a video"
-    known = {sha256_of(val.image_path(i)) for i, sample in enumerate(val.samples) if sample.frame is None}
+    known = {
+        sha256_of(others.image_path(i)) for i, sample in enumerate(others.samples) if sample.frame is None
+    }
     for index, sample in enumerate(images.samples):
         if sample.frame is None and known and sha256_of(images.image_path(index)) in known:
             return f"the image {sample.file_name}"

@@ -1,5 +1,6 @@
 """Several processes under `torchrun`: sums over all of them, nothing where there is only one."""
 
+import datetime
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,22 +8,74 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.rendezvous import rendezvous
+
+from edgeprune.data.errors import EdgePruneError
 
 T = TypeVar("T")
+
+# Of the others for the first, which alone evaluates, exports, builds engines and measures.
+PATIENCE = datetime.timedelta(days=7)
+
+
+class ProcessesError(EdgePruneError):
+    """The processes cannot work together, or no longer."""
+
+
+class FailedElsewhere(Exception):
+    """Another process failed first, and has the reason."""
 
 
 @contextmanager
 def processes(device: str | torch.device) -> Iterator[None]:
-    """Join the processes that `torchrun` started; without it do nothing. NCCL on CUDA, gloo elsewhere."""
+    """Join the processes that `torchrun` started; without it do nothing. NCCL on CUDA, gloo elsewhere.
+
+    On CUDA each process takes the GPU of its local rank.
+
+    Raises:
+        ProcessesError: If there is no GPU for this process, or another one ended without a word.
+        FailedElsewhere: Instead of any error but the first in all processes.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    distributed.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
+    store, rank, size = next(rendezvous("env://"))
+    try:
+        backend = _backend(torch.device(device))
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        try:
+            yield
+            with _exchange():
+                distributed.barrier()  # who leaves first must not break what the others still receive
+        finally:
+            distributed.destroy_process_group()
+    except BaseException as error:  # ctrl-C reaches all of them
+        if store.add("failures", 1) > 1:
+            raise FailedElsewhere from error
+        raise
+
+
+def _backend(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "gloo"
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= gpus:
+        raise ProcessesError(
+            f"torchrun started a process for GPU {local}, and there are {gpus}: lower --nproc-per-node"
+        )
+    torch.cuda.set_device(local)
+    return "nccl"
+
+
+@contextmanager
+def _exchange() -> Iterator[None]:
+    """A message between all processes."""
     try:
         yield
-        distributed.barrier()  # who leaves first must not break what the others still receive
-    finally:
-        distributed.destroy_process_group()
+    except RuntimeError as error:  # of which torch raises no kind of its own
+        raise ProcessesError(
+            "another process of torchrun has ended, and this one cannot go on alone"
+        ) from error
 
 
 def rank() -> int:
@@ -40,7 +93,8 @@ def sum_over_processes(tensors: Sequence[Tensor]) -> None:
     if world_size() == 1 or not tensors:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    distributed.all_reduce(flat)
+    with _exchange():
+        distributed.all_reduce(flat)
     for tensor, summed in zip(
         tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True
     ):
@@ -52,7 +106,8 @@ def from_first(value: T) -> T:
     if world_size() == 1:
         return value
     holder = [value]
-    distributed.broadcast_object_list(holder)
+    with _exchange():
+        distributed.broadcast_object_list(holder)
     return holder[0]
 
 
@@ -61,5 +116,6 @@ def gather(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     holders: list[T | None] = [None] * world_size()
-    distributed.all_gather_object(holders, value)
+    with _exchange():
+        distributed.all_gather_object(holders, value)
     return [holder for holder in holders if holder is not None]

@@ -167,7 +167,7 @@ class _Progress:
     averaged: bool
     before: dict[str, Any]
     after: dict[str, Any]
-    after_loss: float
+    after_loss: float | None
     records: list[dict[str, Any]]
 
 
@@ -320,7 +320,9 @@ class _FineTuning:
         )
         if result.rolled_back:
             log.warning(
-                "fine-tuning did not help (AP %.4f before, %.4f after): the weights from before are kept",
+                "fine-tuning did not help by the held-out %s (AP %.4f before, at best %.4f after): the weights from "
+                "before are kept",
+                "AP" if at.after_loss is None else "loss",
                 result.before.ap,
                 max(max(record.ap, record.ema_ap) for record in result.epochs),
             )
@@ -330,7 +332,7 @@ class _FineTuning:
         if self.options.recalibrate:
             recalibrate_batch_norm(self.network, self.train, self.options.batch_size, self.device)
         state = _copy(self.network.state_dict())
-        precision = asdict(self._evaluate())
+        precision, select_loss = asdict(self._evaluate()), self._select_loss()
         return _Progress(
             0,
             state,
@@ -341,7 +343,7 @@ class _FineTuning:
             False,
             precision,
             precision,
-            math.inf,
+            select_loss,
             [],
         )
 
@@ -431,17 +433,18 @@ class _FineTuning:
                     best_epoch=epoch,
                     averaged=averaged,
                     after=asdict(candidate),
-                    after_loss=math.inf if held_out is None else held_out,
+                    after_loss=held_out,
                 )
         return now
 
     def _is_better(self, candidate: AveragePrecision, loss: float | None, at: _Progress) -> bool:
         """Whether weights are better than the best so far, by held-out images.
 
-        Without distillation by AP. With it, AP only rules out what is below the AP from before; among the rest the
-        loss decides: of a few images AP is so noisy that the highest of many epochs is mostly luck.
+        Without distillation by AP. With it, AP only rules out what is below the AP from before; among the rest, and
+        the weights from before, the loss decides: of a few images AP is so noisy that the highest of many epochs is
+        mostly luck.
         """
-        if loss is None:
+        if loss is None or at.after_loss is None:
             return bool(candidate.ap > at.after["ap"])
         return bool(candidate.ap >= at.before["ap"]) and loss < at.after_loss
 

@@ -27,7 +27,12 @@ from edgeprune.detectors.batches import batches
 from edgeprune.detectors.canvases import Canvases
 from edgeprune.detectors.evaluation import detect
 from edgeprune.detectors.protocol import Detector, Progress
-from edgeprune.detectors.training import FineTuneOptions, FineTuneResult, fine_tune
+from edgeprune.detectors.training import (
+    FineTuneOptions,
+    FineTuneResult,
+    fine_tune,
+    recalibrate_batch_norm,
+)
 from edgeprune.pruning.budget import COSTS, Limits
 from edgeprune.pruning.checkpoint import RECORD, describe, load_step, save_step, trace_detector
 from edgeprune.pruning.counting import count
@@ -270,15 +275,19 @@ class _Run:
             stand_ins = REPLACEMENTS[options.replacement](groups, units, statistics)
             return remove(groups, units, stand_ins).to("cpu")
 
-        share = self.share(iteration, original)
         candidates = Candidates(groups, scores, without, find_groups(original.network), options.limits)
         if self.latency is None:
+            share = options.share(iteration)
             narrow = within_cost(candidates, cost=options.budget, share=share, per=options.per)
         else:
-            narrow = within_latency(candidates, self.latency, share, _latency(original), _latency(last))
+            first = _latency(original)
+            goals = self.latency.goals(first, lambda share: replace(options, remove=share).share(iteration))
+            narrow = within_latency(candidates, self.latency, goals, first, _latency(last))
         self.prove(groups, narrow.units)
         network.to("cpu")
         self.detector.to("cpu")
+        if options.finetune.recalibrate:
+            self.recalibrate(narrow.network)
         cost = count(narrow.network)
         found = self.validated(f"iteration {iteration}: AP before fine-tuning", narrow.network)
         removed = _removed(groups, narrow.units)
@@ -291,7 +300,7 @@ class _Run:
             channels={layer.layer: layer.channels for layer in cost.layers},
             removed=removed,
             channels_removed=sum(removed.values()),
-            requested_share=share,
+            requested_share=narrow.asked,
             achieved_share=1 - narrow.left,
             importance=_spread(groups, scores),
             ap_before=found["ap_after"],
@@ -302,14 +311,6 @@ class _Run:
         )
         spec = describe(self.name, self.protocol, narrow.network)
         return PrunedDetector(spec, self.detector, narrow.network, (*last.steps, step))
-
-    def share(self, iteration: int, original: PrunedDetector) -> float:
-        """Share of the unpruned network's cost or latency that is to be gone after an iteration."""
-        if self.latency is None:
-            return self.options.share(iteration)
-        unpruned_ms = _latency(original).ms
-        remove = 1 - self.latency.final_ms(unpruned_ms) / unpruned_ms
-        return replace(self.options, remove=remove).share(iteration)
 
     def scoring_batches(self, images: int) -> Callable[[], Iterator[LossBatch]]:
         """The same images at each call, a seeded choice, those with boxes first; this process' share of them."""
@@ -354,6 +355,13 @@ class _Run:
                 f"removal changed the outputs by {difference:.1e} of their range; please report this"
             )
 
+    def recalibrate(self, network: Network) -> None:
+        """Fit batch norm's statistics to what removal has left, which fine-tuning then starts from."""
+        canvases = Canvases(self.data.train, self.protocol.input_size, self.protocol.preprocessing)
+        network.to(self.device)
+        recalibrate_batch_norm(network, canvases, self.options.finetune.batch_size, self.device)
+        network.to("cpu")
+
     def fine_tuned(self, iteration: int, network: Network, teacher: Network, folder: Path) -> FineTuneResult:
         folder.mkdir(parents=True, exist_ok=True)
         with self.stage(f"iteration {iteration}: fine-tuning {self.options.finetune.epochs} epochs") as told:
@@ -363,7 +371,7 @@ class _Run:
                 teacher if self.options.finetune.distill else None,
                 self.data.train,
                 self.data.select,
-                self.options.finetune,
+                replace(self.options.finetune, recalibrate=False),  # that was done before
                 seed=self.options.seed + iteration,
                 checkpoint=folder / "checkpoint.pt",
                 progress=told,
@@ -439,7 +447,7 @@ def _validation_fields(dataset: Dataset, detections: Sequence[ImageDetections]) 
 
 
 def _latency(pruned: PrunedDetector) -> LatencyRecord:
-    """Of a step in a run whose budget is a latency."""
+    """Of a step in a run whose budget is a latency or memory."""
     record = pruned.steps[-1].latency
     assert record is not None
     return record

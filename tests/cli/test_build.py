@@ -14,7 +14,7 @@ from typing import Any
 import onnx
 import pytest
 import safetensors.numpy
-from tiny_detector import SIDE, own_surroundings, write_inputs
+from tiny_detector import SIDE, own_surroundings, write_data, write_inputs
 from typer.testing import CliRunner, Result
 
 from edgeprune.cli import app
@@ -310,6 +310,37 @@ def test_changed_data_is_not_mixed(copied: Path, inputs: Path, tmp_path: Path) -
     assert "changed" in fails("bench", copied)
 
 
+def test_what_selects_does_not_report(inputs: Path, tmp_path: Path) -> None:
+    """Images of --val in --select, or images that select among those without labels, are refused by name."""
+    run = tmp_path / "run"
+    val = inputs / "boxes_val.json"
+    assert "--val" in fails("prune", *options(inputs, run, select=val))
+    said = fails("prune", *options(inputs, run, unlabelled=inputs / "train"))
+    assert "what is held out of --train" in said
+    select = {"train": val, "val": write_data(tmp_path, "other", 4, seed=5)}
+    select |= {"select": inputs / "boxes_train.json", "unlabelled": inputs / "train"}
+    assert "with --select" in fails("prune", *options(inputs, run, **select))
+    assert not run.exists()
+
+
+def test_resume_notices_other_images_to_select_by(inputs: Path, tmp_path: Path) -> None:
+    """What changed in --select and --unlabelled is named; a run that kept no hash of them goes on."""
+    run, more = tmp_path / "run", tmp_path / "more"
+    select = write_data(tmp_path, "select", 4, seed=5)
+    write_data(tmp_path, "more", 4, seed=6)
+    arguments = options(inputs, run, select=select, unlabelled=more, iterations=1, finetune_epochs=1)
+    succeed("prune", *arguments)
+    succeed("prune", *arguments, "--resume")
+    (more / "4.png").unlink()
+    select.write_text(json.dumps(read_json(select), indent=1))
+    said = fails("prune", *arguments, "--resume")
+    assert "the select file has other contents; the unlabelled 1 file has other contents" in said
+    record = read_json(run / "run.json")
+    del record["hashes"]["select"], record["hashes"]["unlabelled 1"]
+    (run / "run.json").write_text(json.dumps(record))
+    succeed("prune", *arguments, "--resume")
+
+
 def test_a_folder_with_other_things_is_left_alone(inputs: Path, tmp_path: Path) -> None:
     """A folder that is no run folder is refused and keeps its files."""
     (tmp_path / "photo.jpg").write_bytes(b"mine")
@@ -410,7 +441,7 @@ def test_a_run_of_before_is_still_read(finished: Path, tmp_path: Path) -> None:
     """run.json and steps without what was added later are read, and the report shows that it was not measured."""
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     record = read_json(run / "run.json")
-    del record["data"], record["config"]["mosaic"]
+    del record["data"], record["command"], record["date"], record["config"]["mosaic"]
     (run / "run.json").write_text(json.dumps(record))
     for path in run.glob("step-*/detector.json"):
         saved = read_json(path)
@@ -424,6 +455,27 @@ def test_a_run_of_before_is_still_read(finished: Path, tmp_path: Path) -> None:
         row["ap_after"] for row in read_json(finished / "report.json")["rows"]
     ]
     succeed("evaluate", run)
+
+
+def test_warnings_have_the_limit_that_was_asked_for(copied: Path) -> None:
+    """Terminal, --json and report.json warn of the same: a drop in AP beyond --flag-ap-drop, disturbances, and
+    on the terminal the layers that were pruned in vain."""
+    paths = [copied / f"step-{iteration:02d}" / "benchmark.json" for iteration in range(3)]
+    first, last = read_json(paths[0]), read_json(paths[2])
+    host_ap = read_json(copied / "report.json")["rows"][2]["ap_after"]
+    last |= {"ap": host_ap - 0.1, "disturbed": "gpu reached 99 °C"}
+    last["layer_times_ms"] = first["layer_times_ms"]  # narrower, and takes as long
+    paths[2].write_text(json.dumps(last))
+    for limit, drops in ((0.2, 0), (0.05, 1)):
+        printed = json.loads(succeed("report", copied, "--flag-ap-drop", limit, "--json").stdout)
+        assert printed == read_json(copied / "report.json")
+        assert ["AP" in warning for warning in printed["warnings"]].count(True) == drops
+        shown = " ".join(succeed("report", copied, "--flag-ap-drop", limit).stdout.split())
+        assert shown.count("Warning: iteration 2: AP") == drops
+        assert "Warning: The latencies were measured under a disturbance: gpu reached 99 °C." in shown
+        assert "Pruned, and not faster:" in shown
+        assert all(layer["layer"] in shown for layer in printed["not_faster"])
+    assert printed["not_faster"]
 
 
 @pytest.fixture

@@ -70,14 +70,15 @@ def test_defaults_are_those_of_the_library() -> None:
 
     defaults = {parameter.name: parameter.default for parameter in COMMANDS["build"].params}
     pruning, tuning = PruningOptions(), FineTuneOptions()
-    for name in ("iterations", "criterion", "per", "seed"):
+    for name in ("iterations", "criterion", "seed"):
         assert defaults[name] == getattr(pruning, name), name
     assert (defaults["finetune_epochs"], defaults["learning_rate"]) == (tuning.epochs, tuning.learning_rate)
     assert defaults["mosaic"] == tuning.mosaic
     config = BuildConfig.from_options({**defaults, "target": "host"})
-    assert (config.remove, config.budget) == (pruning.remove, pruning.budget)
+    assert (config.remove, config.budget, config.per) == (pruning.remove, pruning.budget, pruning.per)
     shown = {parameter.name: parameter.show_default for parameter in COMMANDS["build"].params}
-    assert (float(shown["remove"]), shown["budget"]) == (pruning.remove, pruning.budget)
+    assert (shown["budget"], shown["per"]) == (pruning.budget, pruning.per)
+    assert float(shown["remove"]) == pruning.remove
     adapting = {parameter.name: parameter.default for parameter in COMMANDS["adapt"].params}
     for name in ("epochs", "learning_rate", "body_share", "mosaic"):
         assert adapting[name] == getattr(AdaptOptions(), name), name
@@ -158,6 +159,8 @@ def test_a_bug_keeps_its_traceback() -> None:
         ["build", "--target", "host", "--remove", "1.5"],
         ["build", "--target", "host", "--train", "train.json"],
         ["build", "--target", "host", "--train-images", "images"],
+        ["build", "--target", "host", "--unlabelled", "more", "--no-distill"],
+        ["build", "--target", "host", "--unlabelled", "more", "--finetune-epochs", "0"],
         ["evaluate"],
         ["no-such-command"],
     ],

@@ -1,4 +1,4 @@
-"""Images without labels, none of which may be validated on."""
+"""Images that must be kept apart: what trains without labels, what selects, what reports."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgeprune.cli.run_folder import RunError
-from edgeprune.cli.unlabelled import unlabelled_images
+from edgeprune.cli.unlabelled import refuse_shared, unlabelled_images
 from edgeprune.data.dataset import Dataset, load_dataset
 
 
@@ -36,7 +36,8 @@ def test_frames_of_a_range(tmp_path: Path) -> None:
     """video.avi#FIRST-LAST gives frames of that range only, and one that lies before the validation's is accepted."""
     write_video(tmp_path / "street.avi")
     val = labelled(tmp_path, ["street.avi#000015", "street.avi#000019"])
-    found = unlabelled_images(tmp_path / "street.avi#0-12", val)
+    found = unlabelled_images(tmp_path / "street.avi#0-12")
+    refuse_shared("--unlabelled", found, {"--val": val})
     numbers = [sample.frame.number for sample in found.samples if sample.frame]
     assert numbers and max(numbers) <= 12 and len(numbers) == len(found)
     assert all(not len(sample.boxes) for sample in found.samples)
@@ -48,7 +49,7 @@ def test_a_shared_time_range_is_refused(tmp_path: Path, source: str) -> None:
     write_video(tmp_path / "street.avi")
     val = labelled(tmp_path, ["street.avi#000015", "street.avi#000019"])
     with pytest.raises(RunError, match=r"frames 15 to 1[5-9]"):
-        unlabelled_images(tmp_path / source, val)
+        refuse_shared("--unlabelled", unlabelled_images(tmp_path / source), {"--val": val})
 
 
 def test_a_shared_image_is_refused_by_its_content(tmp_path: Path) -> None:
@@ -60,7 +61,9 @@ def test_a_shared_image_is_refused_by_its_content(tmp_path: Path) -> None:
     cv2.imwrite(str(others / "renamed.png"), picture)
     cv2.imwrite(str(others / "b.png"), picture[::-1])
     val = labelled(tmp_path, ["a.png"])
-    with pytest.raises(RunError, match=r"the image renamed\.png"):
-        unlabelled_images(others, val)
+    with pytest.raises(RunError, match=r"--unlabelled shares the image renamed\.png with --val"):
+        refuse_shared("--unlabelled", unlabelled_images(others), {"--val": val})
     (others / "renamed.png").unlink()
-    assert len(unlabelled_images(others, val)) == 1
+    found = unlabelled_images(others)
+    assert len(found) == 1
+    refuse_shared("--unlabelled", found, {"--val": val})

@@ -134,6 +134,18 @@ def test_what_hurts_is_rolled_back(train: Dataset, select: Dataset, trained: Tin
         assert torch.equal(network.state_dict()[name], tensor)
 
 
+def test_what_is_worse_than_no_fine_tuning_is_not_kept(
+    train: Dataset, select: Dataset, trained: TinyDetector
+) -> None:
+    """A student that is its teacher has nothing to gain: epochs whose AP is no lower are further from it, and go."""
+    network = copy.deepcopy(trained)
+    options = replace(LABELS, distill=True, epochs=2, optimizer="sgd", learning_rate=1e-3, warmup_epochs=0)
+    result = fine_tune(network, network, trained, train, select, options, seed=0)
+    assert any(record.ap >= result.before.ap for record in result.epochs)
+    assert result.rolled_back
+    assert all(torch.equal(tensor, trained.state_dict()[n]) for n, tensor in network.state_dict().items())
+
+
 def test_frozen_parameters_stay(train: Dataset, select: Dataset) -> None:
     """Parameters without requires_grad keep their bits; the others change; with none left it is an error."""
     network = TinyDetector(batch_norm=True)

@@ -16,8 +16,12 @@ from typing import Any
 import pytest
 import squares
 import torch
+from torch.nn import functional
 
+from edgeprune.detectors.batches import batches
+from edgeprune.detectors.canvases import Canvases
 from edgeprune.detectors.evaluation import evaluate
+from edgeprune.detectors.training import recalibrate_batch_norm
 from edgeprune.pruning.checkpoint import load_step
 from edgeprune.pruning.counting import count
 from edgeprune.pruning.records import PrunedDetector
@@ -130,6 +134,36 @@ def test_a_fine_tuning_that_hurts_is_rolled_back_and_said(square_data: Path, tmp
     assert hurt.finetune is not None
     assert hurt.finetune.rolled_back
     assert (hurt.finetune.best_epoch, hurt.finetune.weights) == (0, "before")
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_batch_norm_is_recalibrated_before_ap_is_measured(
+    square_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: int
+) -> None:
+    """Statistics that are far off are, once a step, with or without fine-tuning, those of the training images, before
+    AP before fine-tuning is measured."""
+    calls = []
+
+    def counted(*arguments: Any) -> None:
+        calls.append(arguments)
+        recalibrate_batch_norm(*arguments)
+
+    for module in ("pruning.schedule", "detectors.training"):
+        monkeypatch.setattr(f"edgeprune.{module}.recalibrate_batch_norm", counted)
+    data = squares.data_of(square_data)
+    canvases = Canvases(data.train, (64, 64), squares.tiny_detector.TinyDetector.preprocessing)
+    images = next(batches(canvases, batch_size=len(data.train), augmentation=None)).images
+    detector = squares.detector_of(square_data)
+    detector.get_buffer("body.1.running_mean").add_(3.0)
+    options = {"iterations": 1, "finetune": {"epochs": epochs, "learning_rate": 1e-9}}
+    unpruned, pruned = squares.run(square_data, tmp_path, options, detector=detector)
+    assert len(calls) == 1
+    weight, bias = (pruned.network.get_parameter(f"body.0.{name}") for name in ("weight", "bias"))
+    with torch.no_grad():
+        mean = functional.conv2d(images, weight, bias, stride=2, padding=1).mean((0, 2, 3))
+    found = pruned.network.get_buffer("body.1.running_mean")
+    torch.testing.assert_close(found, mean, rtol=0.1, atol=0.1)
+    assert pruned.steps[-1].ap_before > unpruned.steps[-1].ap_after + 0.05
 
 
 @pytest.mark.parametrize("option", [{"min_ap": 0.99}, {"stop_ap_drop": 0.0}])

@@ -98,10 +98,10 @@ def measure_table(
     Args:
         groups: of the unpruned network.
         export: writes a narrowed network, with its decoding, as the ONNX file that the session builds.
-        cache: folder that keeps what was measured, by device, backend, precision and kind of kernel; an
-            interrupted measurement goes on there.
+        cache: folder that keeps what was measured, by device, backend, precision, options, power mode, whether
+            clocks are locked, and kind of kernel; an interrupted measurement goes on there.
         options: of the engine (`Session.build`).
-        again: whole networks are measured although the cache has them: something else ran beside them.
+        again: all is measured although the cache has it: something else ran beside it, or the device has changed.
         progress: takes (done, total): a kind of kernel is one, all whole networks are one.
 
     Raises:
@@ -122,7 +122,8 @@ def measure_table(
         "options": dict(options or {}),
         "power_mode": session.power_mode or info.power_mode,
     }
-    folder = cache / _hash({"version": CACHE_VERSION, **made_for})
+    locked = session.power["lock_clocks"]
+    folder = cache / _hash({"version": CACHE_VERSION, "lock_clocks": locked, **made_for})
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         device = _Device(session, preprocessing, precision, dict(options or {}), Path(temporary), seed)
@@ -130,7 +131,7 @@ def measure_table(
         for each in wanted:
             progress(len(measured), len(wanted) + 1)
             path = folder / f"kind-{_hash(asdict(each))}.json"
-            times = _read_cached(path, _KindTimes.from_json)
+            times = None if again else _read_cached(path, _KindTimes.from_json)
             if times is None:
                 times = _measure_kind(device, each, _usual_stairs(measured, each.kind, session.target))
                 write_json(path, asdict(times))

@@ -29,6 +29,7 @@ from edgeprune.benchmarks.table import (
 )
 from edgeprune.benchmarks.tensorboard import write_scalars
 from edgeprune.data.files import write_bytes, write_json
+from edgeprune.pruning.records import PruningStep
 
 Frames = Mapping[int, NDArray[np.uint8]]  # image id -> (H, W, 3) BGR
 NO_FRAMES: Frames = MappingProxyType({})
@@ -148,8 +149,16 @@ def warnings(report: Report, flag_ap_drop: float = FLAG_AP_DROP) -> list[str]:
     return [
         *(f"The latencies were measured under a disturbance: {reason}." for reason in sorted(disturbed)),
         *(f"{drop}." for drop in ap_drops(report, flag_ap_drop)),
+        *_budget_missed(report.rows[-1].step),
         *_left_out(report.provenance.get("data", {})),
     ]
+
+
+def _budget_missed(last: PruningStep) -> Iterator[str]:
+    """Where the engine that was chosen last, of several that were measured, is clearly above the budget."""
+    missed = last.latency.missed if last.latency else None
+    if missed:
+        yield f"Iteration {last.iteration} misses its budget: {missed}."
 
 
 def _left_out(data: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

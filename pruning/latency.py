@@ -428,15 +428,17 @@ class LatencyTable:
         backend: str,
         backend_version: str | None,
         precision: str,
+        dla_core: int | None,
         power_mode: str | None = None,
     ) -> None:
         """Refuse to be used for another device than the one it was measured on.
 
         Args:
+            dla_core: that engines are built for; None: the GPU or CPU.
             power_mode: None: whichever; the measured engine corrects the table then.
 
         Raises:
-            LatencyTableError: If device, target, backend, its version, precision or power mode differ.
+            LatencyTableError: If device, target, backend, its version, precision, DLA core or power mode differ.
         """
         wanted = {
             "target": target,
@@ -444,10 +446,11 @@ class LatencyTable:
             "backend": backend,
             "backend_version": backend_version,
             "precision": precision,
+            "dla_core": dla_core,
             "power_mode": self.power_mode if power_mode is None else power_mode,
         }
         for name, value in wanted.items():
-            found = getattr(self, name)
+            found = self.options.get(name) if name == "dla_core" else getattr(self, name)
             if found != value:
                 raise LatencyTableError(
                     f"the latency table was measured on {self.target} ({self.device}, {self.backend} "

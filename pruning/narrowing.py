@@ -8,6 +8,7 @@ takes what was asked.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,7 @@ from edgeprune.pruning.graph import Network
 from edgeprune.pruning.groups import Groups, find_groups
 from edgeprune.pruning.importance import Scores
 from edgeprune.pruning.latency import LatencyTable
-from edgeprune.pruning.records import LatencyRecord, MeasuredLatency, MemoryRecord
+from edgeprune.pruning.records import CLOSE, LatencyRecord, MeasuredLatency, MemoryRecord
 from edgeprune.pruning.selection import (
     Budget,
     Selection,
@@ -30,7 +31,6 @@ from edgeprune.pruning.selection import (
 log = logging.getLogger(__name__)
 
 TRIALS = 3  # engines measured in one iteration, at most
-CLOSE = 0.02  # of the goal: an engine this near it is not improved on
 SPARE = 0.01  # of the memory: aimed so far below, since an engine that is above does not fit
 
 
@@ -199,7 +199,9 @@ class LatencyBudget:
 
 
 def within_cost(candidates: Candidates, *, cost: str, share: float, per: str) -> Narrowed:
-    """Remove until a share of the unpruned network's cost is gone.
+    """Remove until a share of the unpruned network's cost is gone, and not one bundle of units further.
+
+    Biases that carry what removed channels leave behind count, and are known once the network is narrowed.
 
     Args:
         cost, per: as for `budget.choose`.
@@ -208,22 +210,23 @@ def within_cost(candidates: Candidates, *, cost: str, share: float, per: str) ->
         BudgetError: If nothing can be removed.
     """
     whole = COSTS[cost](candidates.unpruned).total()
-    added = 0.0  # biases that carry what removed channels leave behind
+    asked = goal = math.floor(whole * (1 - share) * (1 + 1e-12))  # as `choose` reads it
     while True:
         choice = choose(
             candidates.groups,
             candidates.scores,
             cost=cost,
-            goal=whole * (1 - share) - added,
+            goal=asked,
             per=per,
             limits=candidates.limits,
             original=candidates.unpruned.channel_counts,
         )
         network = candidates.remove(choice.units)
         left = COSTS[cost](find_groups(network)).total()
-        if choice.stopped or left - choice.cost <= added:
-            return Narrowed(network, choice.units, share, left / whole, choice.stopped)
-        added = left - choice.cost
+        if left <= goal or choice.stopped:
+            stopped = choice.stopped if left > goal else None
+            return Narrowed(network, choice.units, share, left / whole, stopped)
+        asked = round(choice.cost) - 1  # costs are whole: next the first choice that takes more
 
 
 def within_latency(
@@ -260,7 +263,10 @@ def within_latency(
         if record.measured is None or _miss(trials[-1], goals) <= (False, CLOSE):
             break
         table = corrected(budget.table, record)
-    return min(trials, key=lambda each: _miss(each, goals))
+    nearest = min(trials, key=lambda each: _miss(each, goals))
+    if nearest.latency is not None and nearest.latency.missed:
+        log.warning("the nearest of %d choices: %s", len(trials), nearest.latency.missed)
+    return nearest
 
 
 def corrected(table: LatencyTable, record: LatencyRecord) -> LatencyTable:

@@ -48,6 +48,9 @@ class FineTuneRecord:
     select_ap: tuple[float, ...]  # on held-out training data, index 0 before fine-tuning
 
 
+CLOSE = 0.02  # of a latency that is asked: an engine this near it is not improved on
+
+
 @dataclass(frozen=True)
 class MeasuredLatency:
     """Latency of an engine, by its ratio to the unpruned one, measured in turn with it."""
@@ -89,6 +92,18 @@ class LatencyRecord:
     def ms(self) -> float:
         """The best that is known."""
         return self.measured.ms if self.measured else self.predicted_ms
+
+    @property
+    def missed(self) -> str | None:
+        """What the engine takes, if that is clearly more than it may: all of the interval is `CLOSE` above."""
+        found, memory, words = self.measured, self.memory, []
+        low_ms = found.low_ms if found else None
+        if found and low_ms and self.asked_ms and low_ms > self.asked_ms * (1 + CLOSE):
+            interval = f"{found.ms:.2f} ms ({low_ms:.2f} to {found.high_ms:.2f})"
+            words.append(f"{interval} where {self.asked_ms:.2f} ms were asked")
+        if memory and memory.asked_mib and memory.measured_mib and memory.measured_mib > memory.asked_mib:
+            words.append(f"{memory.measured_mib:.1f} MiB where {memory.asked_mib:.1f} MiB were asked")
+        return f"the engine takes {' and '.join(words)}" if words else None
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ Columns = npt.NDArray[np.int64]  # of the program, one a count
 GAP = 0.01
 FEW = 16  # units of a class: then every count is worth choosing
 TIME_LIMIT_S = 20.0
-TIME_LIMIT = 1  # scipy's status where time ran out
+INFEASIBLE = 2  # scipy's status where there is no solution
 TOLERANCE = 1e-6  # of a goal: what the solver's rounding may exceed it by
 
 
@@ -198,7 +198,10 @@ def select(
     found, stopped = program.solve(gap, time_limit_s), None
     if found is None:
         found = program.nearest(gap, time_limit_s)
-        stopped = program.short_of(found.counts)
+        if float(program.takes(found.counts).max()) > 1 + TOLERANCE:
+            stopped = program.short_of(found)
+        else:  # the solver's time was up before it had any choice, and so any bound of what is lost
+            found = found._replace(gap=1.0)
     units = program.removed(found.counts)
     if not units:
         raise BudgetError(f"nothing can be removed: {stopped}")
@@ -209,16 +212,17 @@ def select(
 def check_in_reach(
     groups: Groups, budgets: Sequence[Budget], *, limits: Limits, original: Mapping[str, int]
 ) -> None:
-    """Make sure that the limits allow all goals at once; arguments as `select`.
+    """Refuse goals of which it is known that the limits do not allow all at once; arguments as `select`.
 
     Raises:
         BudgetError: If they do not, with the least that they allow and what binds.
     """
     program = _Program(groups, np.zeros(groups.units + 1), budgets, limits, original)
-    counts = program.nearest(GAP, TIME_LIMIT_S).counts
-    units = program.removed(counts)
-    if any(budget.costs.of(units) > budget.goal * (1 + TOLERANCE) for budget in budgets):
-        raise BudgetError(program.short_of(counts))
+    if program.greedily() is not None:
+        return
+    found = program.nearest(GAP, TIME_LIMIT_S)
+    if (1 - found.gap) * float(program.takes(found.counts).max()) > 1 + TOLERANCE:
+        raise BudgetError(program.short_of(found))
 
 
 @dataclass(frozen=True)
@@ -399,8 +403,9 @@ class _Program:
             channels >= self.ledger.floors[layer][0] and channels % self.limits.channel_multiple == 0
         )
 
-    def short_of(self, kept: Sequence[int]) -> str:
+    def short_of(self, nearest: _Found) -> str:
         """What the nearest counts leave, and the options whose floors layers have come down to."""
+        kept = nearest.counts
         steps: dict[_Axis, int] = {}  # to the next length that costs less
         for axis, lengths in self.worth_choosing():
             steps[axis] = max(lengths[0], steps.get(axis, self.limits.channel_multiple))
@@ -413,7 +418,8 @@ class _Program:
         units = self.removed(kept)
         least = " and ".join(f"{bound.costs.of(units):.4g} {bound.costs.unit}" for bound in self.bounds)
         goals = " and ".join(f"{bound.goal:.4g} {bound.costs.unit}" for bound in self.bounds)
-        return f"{least} is the least that can be left where {goals} were asked: {because}"
+        known = "can be left" if nearest.gap <= GAP else "was found in time"
+        return f"{least} is the least that {known} where {goals} were asked: {because}"
 
     def removed(self, kept: Sequence[int]) -> tuple[int, ...]:
         """The units that go where so many of each class stay."""
@@ -677,8 +683,8 @@ class _Model:
     def minimise(
         self, columns: Columns, values: npt.NDArray[np.float64], gap: float, time_limit_s: float
     ) -> tuple[tuple[int, ...] | None, float]:
-        """The counts chosen for the least sum of columns times values, and a lower bound of it; None where there
-        are none."""
+        """The counts chosen for the least sum of columns times values, which are not below 0, and a lower bound of
+        it; None where none was found."""
         count = len(self.upper)
         objective = np.zeros(count)
         objective[columns] = values
@@ -693,9 +699,9 @@ class _Model:
             constraints=LinearConstraint(matrix, low, high),
             options={"mip_rel_gap": gap, "time_limit": time_limit_s},
         )
-        bound = -math.inf if result.mip_dual_bound is None else float(result.mip_dual_bound)
+        bound = max(0.0, float(result.mip_dual_bound or 0.0))  # none where time was up before the first one
         if result.x is None:
-            return None, bound if result.status == TIME_LIMIT else math.inf
+            return None, math.inf if result.status == INFEASIBLE else bound
         return tuple(
             int(choice.values[np.argmax(result.x[choice.columns])]) for choice in self.classes
         ), bound

@@ -63,9 +63,11 @@ class KernelDevice:
         fails_at: int | None = None,
         telemetry: Callable[[float], Mapping[str, Any]] = lambda time_s: {},
         memory: MemoryModel | None = None,
+        lock_clocks: bool = False,
     ) -> None:
         self.target = load_target("host")
         self.power_mode = None
+        self.power = {"mode": None, "lock_clocks": lock_clocks}
         self.profiles = self.benchmarks = 0
         self.probed: list[tuple[int, int]] = []  # (in, out) of every probe that was timed, once a file
         self._slowdown, self._noise, self._fails_at, self._telemetry = slowdown, noise, fails_at, telemetry

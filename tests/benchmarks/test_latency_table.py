@@ -208,16 +208,27 @@ def test_a_damaged_cache_is_measured_again(groups: Groups, tmp_path: Path) -> No
 
 
 def test_a_disturbance_is_named(groups: Groups, tmp_path: Path) -> None:
-    """Of networks that were measured on a hot board; when asked, they alone are measured again."""
+    """Of networks that were measured on a hot board; when asked, all is measured again, and kept."""
     busy = KernelDevice(noise=0.01, telemetry=lambda time_s: {"temperatures_c": {"cpu": 99.0}})
     table = measured(busy, groups, tmp_path)
     assert table.disturbed == "cpu reached 99 °C"
     quiet = KernelDevice()
     assert measured(quiet, groups, tmp_path).disturbed == table.disturbed
     assert quiet.benchmarks == 0
-    assert measured(quiet, groups, tmp_path, again=True).disturbed is None
+    anew = measured(quiet, groups, tmp_path, again=True)
+    assert anew.disturbed is None
     assert quiet.benchmarks == 1
-    assert len(quiet.probed) == 0
+    assert sorted(quiet.probed) == sorted(busy.probed)
+    assert measured(KernelDevice(), groups, tmp_path).kinds == anew.kinds != table.kinds
+
+
+def test_locked_clocks_are_measured_apart(groups: Groups, tmp_path: Path) -> None:
+    """What was measured with clocks that came and went is no table of locked ones."""
+    free, locked, later = KernelDevice(), KernelDevice(lock_clocks=True), KernelDevice(lock_clocks=True)
+    for device in (free, locked, later):
+        measured(device, groups, tmp_path)
+    assert locked.profiles == free.profiles > 0
+    assert later.profiles == 0
 
 
 def test_int8_is_refused(groups: Groups, tmp_path: Path) -> None:

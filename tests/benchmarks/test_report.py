@@ -23,7 +23,7 @@ from edgeprune.benchmarks.samples import sample_ids
 from edgeprune.benchmarks.summary import headline, row_figures
 from edgeprune.benchmarks.table import COLUMNS, render_csv, render_markdown, render_table
 from edgeprune.data.precision import DetectionQuality, Interval
-from edgeprune.pruning.records import PruningStep
+from edgeprune.pruning.records import LatencyRecord, MeasuredLatency, PruningStep
 
 ROW_NAMES = [
     "iteration",
@@ -112,6 +112,27 @@ def test_what_was_left_out_of_the_data_is_a_warning() -> None:
         "val data: 2 images and 3 boxes could not be used, 1 boxes were cut; 9 images with 20 boxes are left."
     )
     assert warning.split(";")[0] in report_html(found)
+
+
+def test_a_missed_latency_is_a_warning() -> None:
+    """Of the last iteration, once, with what was asked; one within its budget is not named, nor is an earlier one."""
+    plain = report(3)
+
+    def asked(*goals_ms: float) -> Report:
+        measured = MeasuredLatency(21.0, 20.5, 22.0)
+        records = [LatencyRecord(goal_ms, 20.0, measured, 1.0, 0.0, 3) for goal_ms in goals_ms]
+        pairs = zip(plain.rows, records, strict=True)
+        rows = tuple(replace(row, step=replace(row.step, latency=record)) for row, record in pairs)
+        return replace(plain, rows=rows)
+
+    assert report_json(asked(30.0, 20.0, 21.0))["warnings"] == []
+    found = asked(30.0, 25.0, 20.0)
+    (warning,) = report_json(found)["warnings"]
+    last = plain.rows[-1].step.iteration
+    assert warning == (
+        f"Iteration {last} misses its budget: the engine takes 21.00 ms (20.50 to 22.00) where 20.00 ms were asked."
+    )
+    assert warning in report_html(found)
 
 
 def test_terminal_table_shows_the_same_numbers(example: Report) -> None:

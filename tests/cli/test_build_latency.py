@@ -66,9 +66,12 @@ def succeed(*arguments: Any, **changes: Any) -> Result:
 
 def write_table(inputs: Path, path: Path, target: str) -> Path:
     """A table of made-up costs that says it is of this machine, as the given kind of device."""
-    detector = load_tiny(inputs / "tiny.pt", (SIDE, SIDE), ("person",))
-    host_table(trace_detector(detector, (SIDE, SIDE)), 4, target).write(path)
+    host_table(tiny_network(inputs), 4, target).write(path)
     return path
+
+
+def tiny_network(inputs: Path) -> Network:
+    return trace_detector(load_tiny(inputs / "tiny.pt", (SIDE, SIDE), ("person",)), (SIDE, SIDE))
 
 
 def host_table(network: Network, step: int, target: str) -> LatencyTable:
@@ -204,8 +207,7 @@ def test_a_memory_is_met_by_the_engine(inputs: Path, tmp_path: Path, monkeypatch
 @pytest.fixture
 def nano_table(inputs: Path, tmp_path: Path) -> Path:
     """A table that says it is a Jetson's."""
-    detector = load_tiny(inputs / "tiny.pt", (SIDE, SIDE), ("person",))
-    table = table_of(trace_detector(detector, (SIDE, SIDE)), 8)
+    table = table_of(tiny_network(inputs), 8)
     path = tmp_path / "nano.json"
     replace(table, target="jetson-nano", device="Jetson Nano", backend="tensorrt").write(path)
     return path
@@ -249,6 +251,28 @@ def test_neither_device_nor_table(inputs: Path, nano_table: Path, tmp_path: Path
     memory = {"target": "jetson-nano", "memory_budget_mib": 1.0, "latency_table": nano_table}
     assert "holds no memory" in fails("prune", inputs, run, **memory)
     assert not list(tmp_path.rglob("detector.json"))
+
+
+def test_a_table_of_another_dla_core_or_power_mode(inputs: Path, nano_table: Path, tmp_path: Path) -> None:
+    """A table of a DLA is not for a GPU, nor the reverse; the power that an energy is taken by is of one power mode,
+    while milliseconds are corrected in any."""
+    table = LatencyTable.read(nano_table)
+    dla, powered = tmp_path / "dla.json", tmp_path / "powered.json"
+    replace(table, options={"dla_core": 0}).write(dla)
+    replace(table, power_mode="MAXN", power_w=5.0).write(powered)
+
+    def refused(**options: object) -> str:
+        return fails("prune", inputs, tmp_path / "run", **nano, **options)
+
+    nano = {"target": "jetson-nano"}
+    assert "its dla core is 0, not None" in refused(speedup=1.3, latency_table=dla)
+    assert "its dla core is None, not 0" in refused(speedup=1.3, latency_table=nano_table, dla_core=0)
+    given = {"latency_table": powered, "power_mode": "5W"}
+    goal_mj = 5.0 * table.predict_ms(tiny_network(inputs)) / 1.3
+    assert "its power mode is MAXN, not 5W" in refused(energy_budget_mj=goal_mj, **given)
+    succeed("prune", inputs, tmp_path / "speedup", speedup=1.3, **nano, **given)
+    given["power_mode"] = "MAXN"
+    succeed("prune", inputs, tmp_path / "energy", energy_budget_mj=goal_mj, **nano, **given)
 
 
 @pytest.mark.parametrize(

@@ -274,6 +274,7 @@ RIGHT = {
     "backend": "onnxruntime",
     "backend_version": "1.0",
     "precision": "fp32",
+    "dla_core": None,
     "power_mode": "MAXN",
 }
 
@@ -287,12 +288,17 @@ RIGHT = {
         ("backend_version", "1.1"),
         ("backend_version", None),
         ("precision", "fp16"),
+        ("dla_core", 0),
         ("power_mode", "5W"),
     ],
 )
-def test_a_table_is_for_the_device_it_was_measured_on_alone(name: str, value: str | None) -> None:
-    """A workstation's table is never used for a Jetson, nor another runtime's or precision's."""
+def test_a_table_is_for_the_device_it_was_measured_on_alone(name: str, value: str | int | None) -> None:
+    """A workstation's table is never used for a Jetson, nor another runtime's or precision's, nor one of the GPU for
+    a DLA or the reverse."""
     table().check(**RIGHT)
+    table(options={"dla_core": 1, "workspace_mib": 64}).check(**{**RIGHT, "dla_core": 1})
+    with pytest.raises(LatencyTableError, match="its dla core is 1, not None"):
+        table(options={"dla_core": 1}).check(**RIGHT)
     with pytest.raises(LatencyTableError, match=f"is {RIGHT[name]}, not {value}"):
         table().check(**{**RIGHT, name: value})
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from simulated_device import channels_of, table_of
 from small import SIDE, Gated, Residual, groups_of, seeded
 from torch import Tensor, nn
 
+from edgeprune.pruning import selection
 from edgeprune.pruning.budget import BudgetError, Limits
 from edgeprune.pruning.footprint import footprint
 from edgeprune.pruning.groups import Groups
@@ -310,3 +312,70 @@ def test_a_coupled_network_is_solved_quickly(memory_share: float | None) -> None
     assert table.predict_ms(narrow) == pytest.approx(found.left[0])
     with torch.no_grad():
         assert narrow(torch.zeros(1, 3, SIDE, SIDE)).shape == (1, 4, SIDE // 2, SIDE // 2)
+
+
+def coupled(speedup: float) -> tuple[Groups, list[Budget]]:
+    """A network that takes HiGHS a while, and what it may take."""
+    groups = groups_of(seeded(Shuffled))
+    table = table_of(groups.network, 8)
+    return groups, [Budget(latency_costs(groups, table), table.predict_ms(groups.network) / speedup)]
+
+
+def choose(groups: Groups, budgets: list[Budget], time_limit_s: float) -> Selection:
+    return select(
+        groups,
+        np.ones(groups.units + 1),
+        budgets,
+        limits=Limits(),
+        original=channels_of(groups.network),
+        time_limit_s=time_limit_s,
+    )
+
+
+def test_without_time_for_a_bound_the_gap_is_whole() -> None:
+    """The choice made greedily holds; all that is known is that no choice loses less than nothing."""
+    groups, budgets = coupled(1.5)
+    found = choose(groups, budgets, 1e-9)
+    assert found.stopped is None
+    assert found.left[0] <= budgets[0].goal
+    assert found.gap == 1.0
+
+
+@pytest.mark.parametrize("greedily", [True, False])
+def test_what_may_be_in_reach_is_not_refused(greedily: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where time is up before HiGHS has any choice, neither a goal that is reached greedily nor one of which nothing
+    is known."""
+    groups, budgets = coupled(1.5)
+    if not greedily:
+        monkeypatch.setattr(selection._Program, "greedily", lambda program: None)
+    monkeypatch.setattr(selection, "TIME_LIMIT_S", 1e-9)
+    check_in_reach(groups, budgets, limits=Limits(), original=channels_of(groups.network))
+
+
+def test_only_the_bound_shows_what_is_out_of_reach() -> None:
+    """Where the nearest choice is known to a hundredth, a goal just below it may yet be reached; what lies below the
+    bound may not, and the error names the least."""
+    groups, budgets = coupled(1000.0)
+    least_ms = choose(groups, budgets, 20).left[0]
+    nearest = selection._Program.nearest
+
+    def within_a_hundredth(program: selection._Program, gap: float, time_limit_s: float) -> selection._Found:
+        return nearest(program, gap, time_limit_s)._replace(gap=0.01)
+
+    def check(goal_ms: float) -> None:
+        goals = [Budget(budgets[0].costs, goal_ms)]
+        check_in_reach(groups, goals, limits=Limits(), original=channels_of(groups.network))
+
+    with mock.patch.object(selection._Program, "nearest", within_a_hundredth):
+        check(0.995 * least_ms)
+        with pytest.raises(BudgetError, match=f"{least_ms:.4g} ms is the least that can be left"):
+            check(0.985 * least_ms)
+
+
+def test_a_goal_met_by_the_nearest_choice_does_not_stop() -> None:
+    """Where the solver ran out of time while it looked for the least loss, but not for the nearest choice."""
+    groups, budgets = coupled(1.5)
+    with mock.patch.object(selection._Program, "solve", return_value=None):
+        found = choose(groups, budgets, 20)
+    assert (found.stopped, found.gap) == (None, 1.0)
+    assert found.left[0] <= budgets[0].goal * (1 + 1e-6)

@@ -7,6 +7,11 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+
+# Its functions keep the group of the moment of import as a default. Imported after a group is made (torch.export
+# does so at its first call) they would keep it beyond its end: its threads then die with the interpreter, now and
+# then with SIGABRT.
+import torch.distributed.nn
 from torch import Tensor, distributed
 from torch.distributed.rendezvous import rendezvous
 

@@ -13,7 +13,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from edgeprune.detectors.protocol import Detector, Progress, Targets
 from edgeprune.pruning.graph import BATCH, Network, argument, layer_of, operation, shapes, tensors, where
 from edgeprune.pruning.groups import Groups, Reader
 from edgeprune.pruning.replacement import InputStatistics, InputSums, input_statistics
-from edgeprune.pruning.surgery import channel_ids
+from edgeprune.pruning.surgery import channel_ids, removable_readers
 
 Scores = npt.NDArray[np.float64]  # (units + 1,): by unit id; entry 0 is unused
 LossBatch = tuple[Tensor, Sequence[Targets]]  # images (N, 3, H, W) preprocessed, and their boxes
@@ -68,6 +68,7 @@ def channel_importance(activation: Tensor, gradient: Tensor) -> Tensor:
 class Reading:
     """What one reader saw of each channel, example by example."""
 
+    reader: Reader
     product: npt.NDArray[np.float64]  # (N, C): sum over positions of activation x gradient
     gradient: npt.NDArray[np.float64]  # (N, C): sum over positions of the gradient
     positions: int
@@ -97,7 +98,7 @@ class Scoring:
 
     @property
     def readings(self) -> tuple[Reading, ...]:
-        """One for each of `groups.readers`, over the images of all processes."""
+        """One for each of `removable_readers`, over the images of all processes."""
         return self._read[0]
 
     @cached_property
@@ -126,8 +127,8 @@ class Scoring:
         """
         examples = len(self.readings[0].product)
         change = np.zeros((examples, self.groups.units + 1))
-        for reader, reading in zip(self.groups.readers, self.readings, strict=True):
-            product = reading.product
+        for reading in self.readings:
+            reader, product = reading.reader, reading.product
             if reader.weight in self.statistics and reader.foldable:
                 product = product - self.statistics[reader.weight].mean.numpy() * reading.gradient
             if per_position:
@@ -343,12 +344,13 @@ class _Seen:
 
     reader: Reader
     by_example: bool
-    activation: Tensor | None = None
-    product: Tensor | None = None  # of activation and gradient
-    gradient: Tensor | None = None
+    activation: Tensor = field(init=False)
+    product: Tensor = field(init=False)  # of activation and gradient
+    gradient: Tensor = field(init=False)
 
     def forward(self, activation: Tensor) -> None:
         self.activation = self.by_channel(activation)
+        self.product = self.gradient = torch.zeros_like(self.activation)  # unless it has a part in the loss
 
     def backward(self, activation: Tensor, gradient: Tensor) -> None:
         self.product = self.by_channel(activation.float() * gradient.float())
@@ -395,7 +397,7 @@ class _Tapped(fx.Interpreter):
         for seen in self.taps[n]:
             tensor: Tensor = changed[seen.reader.position]
             seen.forward(tensor.detach())
-            if self.inputs is not None and seen.activation is not None:
+            if self.inputs is not None:
                 self.inputs.add(seen.reader, tensor.detach(), seen.activation.sum(0))
             if not tensor.requires_grad:  # nothing is read before it: gradients stop here
                 tensor = tensor.detach().requires_grad_()
@@ -405,38 +407,33 @@ class _Tapped(fx.Interpreter):
 
 
 def _read_all(scoring: Scoring) -> tuple[tuple[Reading, ...], dict[str, InputStatistics]]:
-    groups, network = scoring.groups, scoring.groups.network
-    readers = groups.readers
-    by_example = _batch_comes_first(groups)
-    width = [len(channel_ids(groups, reader)) for reader in readers]
-    products, gradients = ([[np.zeros((0, size))] for size in width] for _ in range(2))
+    groups = scoring.groups
+    readers = removable_readers(groups)
+    by_example = _batch_comes_first(groups, readers)
+    widths = [len(channel_ids(groups, reader)) for reader in readers]
+    rows = [np.zeros((0, 2 * sum(widths)))]
     inputs = None if scoring.replacement == "zero" else InputSums(groups, scoring.replacement == "linear")
     examples = 0
-    with _scoring_mode(network, parameters=False):
+    with _scoring_mode(groups.network, parameters=False):
         for images, targets in scoring.batches():
             step = 1 if not by_example else CPU_PASS if images.device.type == "cpu" else max(len(images), 1)
             for start in range(0, len(images), step):
                 part = slice(start, start + step)
                 passed = [_Seen(reader, by_example) for reader in readers]
-                _pass(scoring, images[part], targets[part], passed, inputs)
-                for index, seen in enumerate(passed):
-                    nothing = torch.zeros(len(images[part]), width[index])  # where it has no part in the loss
-                    products[index].append(_array(nothing if seen.product is None else seen.product))
-                    gradients[index].append(_array(nothing if seen.gradient is None else seen.gradient))
-                examples += len(images[part])
+                rows.append(_pass(scoring, images[part], targets[part], passed, inputs))
+                examples += len(rows[-1])
                 if scoring.progress is not None:
                     scoring.progress(examples, 0)
-    kinds = [[np.concatenate(arrays) for arrays in kind] for kind in (products, gradients)]
-    gathered = distributed.gather((kinds, examples))
-    _some(sum(count for _, count in gathered))
-    readings = []
-    for index, reader in enumerate(readers):
-        product, gradient = (
-            np.concatenate([kinds[kind][index] for kinds, _ in gathered]) for kind in range(2)
+    gathered = np.concatenate(distributed.gather(np.concatenate(rows)))
+    _some(len(gathered))
+    columns = np.split(gathered, np.cumsum(widths + widths)[:-1], axis=1)
+    readings = tuple(
+        Reading(reader, product, gradient, math.prod(groups.nodes[reader.tensor].shape) // (BATCH * width))
+        for reader, width, product, gradient in zip(
+            readers, widths, columns[: len(widths)], columns[len(widths) :], strict=True
         )
-        positions = math.prod(groups.nodes[reader.tensor].shape) // (BATCH * width[index])
-        readings.append(Reading(product, gradient, positions))
-    return tuple(readings), {} if inputs is None else inputs.statistics()
+    )
+    return readings, {} if inputs is None else inputs.statistics()
 
 
 def _pass(
@@ -445,34 +442,33 @@ def _pass(
     targets: Sequence[Targets],
     passed: Sequence[_Seen],
     inputs: InputSums | None,
-) -> None:
-    """Forward and backward; fills `passed`, adds to `inputs`."""
+) -> npt.NDArray[np.float64]:
+    """Forward and backward, adding to `inputs`; the products of all readers, then their gradients ``(N, 2 C)``."""
     network = scoring.groups.network
     losses = scoring.detector.loss(_Tapped(network, passed, inputs).run(images), targets)
-    if not _all_finite([losses, *(seen.activation for seen in passed)]):
+    if not _all_finite([losses, torch.cat([seen.activation for seen in passed], 1)]):
         raise _not_finite(network, images)
     if losses.requires_grad:
         torch.autograd.backward(losses.sum())
-    for seen in reversed(passed):
-        if not _all_finite([seen.product, seen.gradient]):
-            reader = seen.reader
-            name = layer_of(reader.weight) if reader.weight else where(reader.node)
-            raise ImportanceError(f"{name}: the gradient of what it reads is NaN or infinite; check the loss")
-
-
-def _array(tensor: Tensor) -> npt.NDArray[np.float64]:
-    array: npt.NDArray[np.float64] = tensor.detach().double().cpu().numpy()
+    read = torch.cat([*(seen.product for seen in passed), *(seen.gradient for seen in passed)], 1)
+    if not _all_finite([read]):
+        reader = next(
+            seen.reader for seen in reversed(passed) if not _all_finite([seen.product, seen.gradient])
+        )
+        name = layer_of(reader.weight) if reader.weight else where(reader.node)
+        raise ImportanceError(f"{name}: the gradient of what it reads is NaN or infinite; check the loss")
+    array: npt.NDArray[np.float64] = read.double().cpu().numpy()
     return array
 
 
-def _batch_comes_first(groups: Groups) -> bool:
+def _batch_comes_first(groups: Groups, readers: Iterable[Reader]) -> bool:
     """Whether every reader's tensor has one row an example (attention code may put the batch elsewhere)."""
     larger = shapes(groups.network, BATCH + 1)  # than the batch that the groups were found with
     return all(
         reader.dim > 0
         and groups.nodes[reader.tensor].shape[0] == BATCH
         and larger[reader.tensor].shape[0] == BATCH + 1
-        for reader in groups.readers
+        for reader in readers
     )
 
 
@@ -512,8 +508,8 @@ def _not_finite(network: Network, images: Tensor) -> ImportanceError:
     return ImportanceError("the loss of a training image is NaN or infinite; check its boxes")
 
 
-def _all_finite(values: Iterable[Tensor | None]) -> bool:
-    return all(bool(torch.isfinite(value).all()) for value in values if value is not None)
+def _all_finite(values: Iterable[Tensor]) -> bool:
+    return all(bool(torch.isfinite(value).all()) for value in values)
 
 
 def _some(examples: int) -> int:

@@ -10,11 +10,9 @@ Only the constant ``b`` is not exact at padded borders.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import reduce
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +21,7 @@ from torch import Tensor, fx
 from edgeprune.detectors import distributed
 from edgeprune.pruning.graph import tensors
 from edgeprune.pruning.groups import Groups, Reader
-from edgeprune.pruning.surgery import StandIn, channel_ids
+from edgeprune.pruning.surgery import StandIn, channel_ids, removable_readers
 
 RIDGE = 1e-4  # of the mean variance of a weight's inputs: keeps predictions from few positions tame
 WIDEST = 4096  # inputs; beyond (a linear layer behind a large flatten) the covariance would not pay
@@ -43,7 +41,8 @@ class InputStatistics:
 def input_statistics(
     groups: Groups, images: Callable[[], Iterable[Tensor]], covariances: bool
 ) -> dict[str, InputStatistics]:
-    """Measure the inputs of every weight whose bias can carry a constant, in a forward pass of its own.
+    """Measure the inputs of every weight that can lose some and whose bias can carry a constant, in a forward
+    pass of its own.
 
     Args:
         images: gives batches ``(N, 3, H, W)``; under torchrun this process' share.
@@ -54,79 +53,69 @@ def input_statistics(
     network.eval()
     with torch.no_grad():
         for batch in images():
-            _Watch(sums).run(batch)
+            _Watch(groups, sums).run(batch)
     network.train(training)
     return sums.statistics()
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """Of one weight's inputs, over all positions, and over those that the covariance is taken from."""
+class _Sums(NamedTuple):
+    """Of one weight's inputs, over all positions, and over those that the covariance is taken from (if any)."""
 
-    total: Tensor  # (C,) float64
-    count: int
-    samples: int = 0
-    sampled: Tensor | None = None  # (C,) float64
-    products: Tensor | None = None  # (C, C) float64
-
-    def __add__(self, other: _Sums) -> _Sums:
-        summed = _Sums(self.total + other.total, self.count + other.count)
-        if self.sampled is None or other.sampled is None or self.products is None or other.products is None:
-            return summed
-        return replace(
-            summed,
-            samples=self.samples + other.samples,
-            sampled=self.sampled + other.sampled,
-            products=self.products + other.products,
-        )
-
-    def cpu(self) -> _Sums:
-        sampled, products = (None if each is None else each.cpu() for each in (self.sampled, self.products))
-        return _Sums(self.total.cpu(), self.count, self.samples, sampled, products)
+    total: Tensor  # (C,)
+    positions: Tensor  # ()
+    sampled: Tensor  # (C,), or (0,)
+    samples: Tensor  # ()
+    products: Tensor  # (C, C), or (0, 0)
 
     def statistics(self) -> InputStatistics:
-        covariance = None
-        if self.sampled is not None and self.products is not None:
-            mean = self.sampled / self.samples
-            covariance = self.products / self.samples - mean[:, None] * mean
-        return InputStatistics(self.total / self.count, covariance)
+        mean = self.sampled / self.samples
+        covariance = self.products / self.samples - mean[:, None] * mean
+        return InputStatistics(self.total / self.positions, covariance if len(covariance) else None)
 
 
 class InputSums:
     """Sums up what weights read, in whatever pass shows it."""
 
     def __init__(self, groups: Groups, covariances: bool) -> None:
-        self.groups, self.covariances = groups, covariances
+        self.covariances = covariances
         self.shapes = {name: tensor.shape for name, tensor in tensors(groups.network)}
-        self.sums: dict[str, _Sums] = {}
+        self.sums: dict[str, _Sums] = {}  # float64
 
     def add(self, reader: Reader, tensor: Tensor, total: Tensor) -> None:
         """Take what a reader reads, and its sum ``(C,)``; nothing if no bias of its weight can carry a constant."""
         if reader.weight is None or not reader.foldable:
             return
         width = len(total)
-        rows = tensor.movedim(reader.dim, -1)
-        rows = rows.reshape(len(rows) if reader.dim else 1, -1, width)  # (N, positions, C)
-        count = rows.shape[0] * rows.shape[1]
-        seen = _Sums(total.double(), count)
+        count = tensor.numel() // width
         if self.covariances and width == self.shapes[reader.weight][reader.axis] and width <= WIDEST:
+            channels = tensor.movedim(reader.dim, 0)
+            channels = channels.reshape(width, tensor.shape[0] if reader.dim else 1, -1)  # (C, N, positions)
             # Odd: a stride that divides the width of the image would see some of its columns only.
-            stride = -(-rows.shape[1] // POSITIONS) | 1
-            rows = rows[:, ::stride].flatten(0, 1).float()
-            seen = replace(
-                seen, samples=len(rows), sampled=rows.sum(0).double(), products=(rows.T @ rows).double()
-            )
-        known = self.sums.get(reader.weight)
-        self.sums[reader.weight] = seen if known is None else known + seen
+            stride = -(-channels.shape[2] // POSITIONS) | 1
+            samples = channels[..., ::stride].flatten(1).float()
+        else:
+            samples = total.new_zeros(0, count)
+        counts = torch.tensor([count, samples.shape[1]])
+        seen = _Sums(total, counts[0], samples.sum(1), counts[1], samples @ samples.T)
+        _add(self.sums, reader.weight, seen)
 
     def statistics(self) -> dict[str, InputStatistics]:
         """By weight, over the images of all processes."""
-        parts = distributed.gather({weight: sums.cpu() for weight, sums in self.sums.items()})
-        weights = dict.fromkeys(weight for part in parts for weight in part)
-        return {
-            weight: reduce(operator.add, (part[weight] for part in parts if weight in part)).statistics()
-            for weight in weights
-        }
+        held = {weight: _Sums(*(each.cpu() for each in sums)) for weight, sums in self.sums.items()}
+        total: dict[str, _Sums] = {}
+        for part in distributed.gather(held):
+            for weight, sums in part.items():
+                _add(total, weight, sums)
+        return {weight: sums.statistics() for weight, sums in total.items()}
+
+
+def _add(total: dict[str, _Sums], weight: str, sums: _Sums) -> None:
+    """Add to a weight's sums, in place."""
+    if weight in total:
+        for known, new in zip(total[weight], sums, strict=True):
+            known.add_(new)
+    else:
+        total[weight] = _Sums(*(each.to(torch.float64, copy=True) for each in sums))
 
 
 def zeros(
@@ -190,11 +179,11 @@ def _losses(
 class _Watch(fx.Interpreter):
     """Runs a network and sums up what its readers read."""
 
-    def __init__(self, sums: InputSums) -> None:
-        super().__init__(sums.groups.network)
+    def __init__(self, groups: Groups, sums: InputSums) -> None:
+        super().__init__(groups.network)
         self.sums = sums
         self.readers: dict[fx.Node, list[Reader]] = {}
-        for reader in sums.groups.readers:
+        for reader in removable_readers(groups):
             self.readers.setdefault(reader.node, []).append(reader)
 
     def run_node(self, n: fx.Node) -> Any:

@@ -35,7 +35,8 @@ from edgeprune.pruning.surgery import channel_ids, removable_readers
 Scores = npt.NDArray[np.float64]  # (units + 1,): by unit id; entry 0 is unused
 LossBatch = tuple[Tensor, Sequence[Targets]]  # images (N, 3, H, W) preprocessed, and their boxes
 
-CPU_PASS = 4  # images that go forward and back together on a CPU: more take memory and no less time
+# Images that go forward and back together on a CPU: 8 take 3 % less time and a fifth more memory (NanoDet-g).
+CPU_PASS = 4
 
 
 class ImportanceError(EdgePruneError):
@@ -399,7 +400,7 @@ class _Tapped(fx.Interpreter):
             seen.forward(tensor.detach())
             if self.inputs is not None:
                 self.inputs.add(seen.reader, tensor.detach(), seen.activation.sum(0))
-            if not tensor.requires_grad:  # nothing is read before it: gradients stop here
+            if not tensor.requires_grad:  # nothing that may go is read before it: gradients stop here
                 tensor = tensor.detach().requires_grad_()
             changed[seen.reader.position] = _Tap.apply(tensor, seen)  # type: ignore[no-untyped-call]
         assert callable(n.target)

@@ -244,9 +244,9 @@ def plot(result: dict[str, Any]) -> None:
                     [timed["ratio_high"] - timed["ratio"]],
                 ]
                 latency.errorbar(timed["ratio"], ap50[-1], xerr=error, fmt="o", ms=3, capsize=2)
-        params.set(xlabel="share of the parameters removed", ylabel="AP50 after fine-tuning, coco-person val")
+        params.set(xlabel="share of the parameters removed", ylabel="AP50 after fine-tuning")
         macs.set(xlabel="share of the MACs removed")
-        latency.set(xlabel="last step: latency of the unpruned", xlim=(0.7, 1.1))
+        latency.set(xlabel="last step: latency as a share of the unpruned one's")
         for axes in (macs, latency):
             axes.sharey(params)
         params.legend(frameon=False)

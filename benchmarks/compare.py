@@ -33,6 +33,7 @@ CONDITION_NAMES: Mapping[str, str] = {
 _ACCURACY = ("ap", "ap50")
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {">=": ge, ">": gt, "<=": le, "<": lt}
 
+CONDITIONS = ("target", "backend", "board", "power_mode", "clocks_locked")  # of one device, in one state
 COMPARE_COLUMNS: tuple[Column, ...] = (
     Column("run", ("run",), str),
     Column("device", ("device",), str),
@@ -96,11 +97,7 @@ def _rows(report: Report) -> Iterator[dict[str, Any]]:
     told = {
         "run": report.name,
         "device": _short(device) if device else None,
-        "target": device.target if device else None,
-        "backend": device.backend if device else None,
-        "board": device.board if device else None,
-        "power_mode": device.power_mode if device else None,
-        "clocks_locked": device.clocks_locked if device else None,
+        **{name: getattr(device, name) if device else None for name in CONDITIONS},
         "val_sha256": report.provenance.get("hashes", {}).get("val"),
         "unpruned_engine": _engine(unpruned) if unpruned else None,
         "unpruned_ms": figures[0]["latency_engine_p50_ms"],
@@ -221,7 +218,7 @@ def _groups(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def _device(row: Figures) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("target", "backend", "board", "power_mode", "clocks_locked"))
+    return tuple(row[name] for name in CONDITIONS)
 
 
 def _one_unpruned(group: Sequence[Figures]) -> bool:

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from edgeprune.benchmarks.latency_table import is_typed_half
 from edgeprune.benchmarks.measure import BenchmarkOptions, gray_image, measure_interleaved
@@ -42,6 +42,14 @@ class Timed(NamedTuple):
     disturbed: str | None
     """What else ran meanwhile."""
 
+    def to_json(self) -> dict[str, Any]:
+        ratio = {
+            "ratio": self.to_first.value,
+            "ratio_low": self.to_first.low,
+            "ratio_high": self.to_first.high,
+        }
+        return {"p50_ms": self.p50_ms, **ratio, "disturbed": self.disturbed}
+
 
 def time_together(
     session: Session, engines: Sequence[Engine], preprocessing: Preprocessing, options: BenchmarkOptions
@@ -62,6 +70,22 @@ def time_together(
         assert ratio is not None  # they were measured in the same rounds
         timed.append(Timed(p50_ms, ratio, found.disturbed))
     return timed
+
+
+def time_networks(session: Session, detector: Detector, networks: Sequence[Network]) -> list[Timed]:
+    """Time the engines of a detector's networks together, in float32.
+
+    Raises:
+        EdgePruneError: If a network cannot be exported, or the device fails.
+    """
+    export = exporter(detector, session.target, "fp32")
+    with tempfile.TemporaryDirectory() as folder:
+        engines = []
+        for index, network in enumerate(networks):
+            path = Path(folder) / f"{index}.onnx"
+            export(network, path)
+            engines.append(session.build(path))
+        return time_together(session, engines, detector.preprocessing, BenchmarkOptions())
 
 
 class EngineTimer:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from edgeprune.pruning.graph import Network
     from edgeprune.pruning.groups import Groups
     from edgeprune.pruning.latency import LatencyTable, LayerUse
+    from edgeprune.pruning.memory import MemoryModel
 
 CACHE = "latency-tables"  # in the user's cache
 
@@ -177,6 +178,7 @@ def _show(
         }
         for costs in found.kinds
     ]
+    memory = _memory(found.memory) if found.memory else None
     if json:
         print_json(
             {
@@ -190,13 +192,7 @@ def _show(
                 "median_error": found.median_error,
                 "disturbed": found.disturbed,
                 "kinds": rows,
-                "memory": found.memory
-                and {
-                    "constant_mib": found.memory.constant_mib * found.memory.correction,
-                    "per_weight": found.memory.per_weight * found.memory.correction,
-                    "per_activation": found.memory.per_activation * found.memory.correction,
-                    "median_error": found.memory.median_error,
-                },
+                "memory": memory,
                 "predicted_ms": predicted_ms,
                 "predicted_mib": predicted_mib,
                 "wasteful": [asdict(each) | {"kind": str(each.kind)} for each in wastes],
@@ -217,25 +213,32 @@ def _show(
             + (f"; measured while disturbed: {found.disturbed}." if found.disturbed else "."),
             markup=False,
         )
-    if found.memory is not None:
-        model = found.memory
-        error = "" if model.median_error is None else f"; off by {model.median_error:.1%} in the median"
+    if memory is not None:
+        median_error = memory["median_error"]
+        error = "" if median_error is None else f"; off by {median_error:.1%} in the median"
         out.print(
-            f"Memory: {model.constant_mib * model.correction:.1f} MiB, "
-            f"{model.per_weight * model.correction:.2f} times the weights and "
-            f"{model.per_activation * model.correction:.2f} times the activations as float32{error}.",
+            f"Memory: {memory['constant_mib']:.1f} MiB, {memory['per_weight']:.2f} times the weights and "
+            f"{memory['per_activation']:.2f} times the activations as float32{error}.",
             markup=False,
         )
     if predicted_ms is not None:
-        memory = "" if predicted_mib is None else f" and {predicted_mib:.1f} MiB"
+        mib = "" if predicted_mib is None else f" and {predicted_mib:.1f} MiB"
         out.print(
-            f"{run}: {predicted_ms:.2f} ms{memory} predicted; {len(wastes)} wasteful channel counts.",
+            f"{run}: {predicted_ms:.2f} ms{mib} predicted; {len(wastes)} wasteful channel counts.",
             markup=False,
         )
     for each in wastes:
         out.print(f"  {each}", markup=False)
     if picture is not None:
         out.print(str(picture), markup=False, soft_wrap=True)
+
+
+def _memory(model: "MemoryModel") -> dict[str, float | None]:
+    """What a backend holds, as measured engines have corrected it."""
+    parts = ("constant_mib", "per_weight", "per_activation")
+    return {name: getattr(model, name) * model.correction for name in parts} | {
+        "median_error": model.median_error
+    }
 
 
 def _network(run: Path, step: int | None) -> "Network":

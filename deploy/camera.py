@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.deploy.device.imaging import Preprocessing, Thresholds
+from edgeprune.deploy.device.plan import page_address
 from edgeprune.deploy.errors import DeviceError
 from edgeprune.deploy.records import CameraSummary, Engine
 from edgeprune.deploy.session import Files, Session, new_job_folder
@@ -43,8 +44,7 @@ class CameraOptions:
 
     def address(self, host: str, port: int) -> str:
         """The page's, where it is reached at a host and port."""
-        query = f"?token={self.token}" if self.token else ""
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}/{query}"
+        return page_address(host, port, self.token)
 
 
 def watch(

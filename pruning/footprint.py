@@ -9,7 +9,9 @@ time without blocks, for the kernels that take none. The input is the caller's.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -81,8 +83,8 @@ def footprint_terms(groups: Groups) -> FootprintTerms:
     """What a grouped network must hold, as a function of the units kept."""
     build = TermBuilder(groups)
     add_parameters(build, groups)
-    tenures = _tenures(groups.network)
     values = shapes(groups.network)
+    tenures = _tenures(groups.network, values)
     buffers = []
     for tenure in tenures:
         shape = tuple(values[tenure.tensor].shape[1:])
@@ -113,8 +115,9 @@ class _Tenure:
     end: int
 
 
-def _tenures(network: Network) -> list[_Tenure]:
-    values, free = shapes(network), free_operations(network)
+def _tenures(network: Network, values: Mapping[fx.Node, Any]) -> list[_Tenure]:
+    """In the order of the graph, whose nodes give `values`."""
+    free = free_operations(network)
     held: dict[fx.Node, _Tenure] = {}  # node -> the buffer that its result lies in
     tenures = []
     for moment, node in enumerate(network.graph.nodes):

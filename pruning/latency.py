@@ -450,7 +450,7 @@ class LatencyTable:
             "power_mode": self.power_mode if power_mode is None else power_mode,
         }
         for name, value in wanted.items():
-            found = self.options.get(name) if name == "dla_core" else getattr(self, name)
+            found = getattr(self, name)
             if found != value:
                 raise LatencyTableError(
                     f"the latency table was measured on {self.target} ({self.device}, {self.backend} "
@@ -458,6 +458,11 @@ class LatencyTable:
                     f"{name.replace('_', ' ')} is {found}, not {value}; measure one there with "
                     f"`edgeprune latency-table measure --target {target}`"
                 )
+
+    @property
+    def dla_core(self) -> int | None:
+        """That the engines were built for; None: the GPU or CPU."""
+        return self.options.get("dla_core")
 
     @property
     def median_error(self) -> float | None:

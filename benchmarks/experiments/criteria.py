@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,9 +24,8 @@ from typing import Any, cast
 import numpy as np
 
 import edgeprune.data
-from edgeprune.benchmarks.engine_timing import exporter, time_together
+from edgeprune.benchmarks.engine_timing import time_networks
 from edgeprune.benchmarks.figures import svg_file
-from edgeprune.benchmarks.measure import BenchmarkOptions
 from edgeprune.benchmarks.provenance import provenance
 from edgeprune.data.dataset import load_dataset
 from edgeprune.data.files import read_json, write_json
@@ -174,26 +172,12 @@ def time_last_steps(all_runs: list[Run]) -> None:
     folders = {run.name: folder for run in all_runs if (folder := last_step(run))}
     first = next(iter(folders.values())).with_name("step-00")
     steps = [load_step(folder) for folder in (first, *folders.values())]
-    detector = cast(Detector, steps[0].detector)
-    export = exporter(detector, session.target, "fp32")
-    with tempfile.TemporaryDirectory() as temporary:
-        engines = []
-        for index, step in enumerate(steps):
-            export(step.network, Path(temporary) / f"{index}.onnx")
-            engines.append(session.build(Path(temporary) / f"{index}.onnx"))
-        origin = provenance("criteria.py --latency", ("onnxruntime",))
-        timed = time_together(session, engines, detector.preprocessing, BenchmarkOptions())
-    found = {
-        name: {
-            "p50_ms": each.p50_ms,
-            "ratio": each.to_first.value,
-            "ratio_low": each.to_first.low,
-            "ratio_high": each.to_first.high,
-            "disturbed": each.disturbed,
-        }
-        for name, each in zip(folders, timed[1:], strict=True)
-    }
-    write_json(LATENCY, {"provenance": origin, "unpruned_p50_ms": timed[0].p50_ms, "last_steps": found})
+    origin = provenance("criteria.py --latency", ("onnxruntime",))
+    unpruned, *timed = time_networks(
+        session, cast(Detector, steps[0].detector), [step.network for step in steps]
+    )
+    found = {name: each.to_json() for name, each in zip(folders, timed, strict=True)}
+    write_json(LATENCY, {"provenance": origin, "unpruned_p50_ms": unpruned.p50_ms, "last_steps": found})
 
 
 def gather(all_runs: list[Run], origin: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import argparse
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -25,9 +24,8 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 import edgeprune.data
-from edgeprune.benchmarks.engine_timing import EngineTimer, exporter, time_together
+from edgeprune.benchmarks.engine_timing import EngineTimer, exporter, time_networks
 from edgeprune.benchmarks.figures import svg_file
-from edgeprune.benchmarks.measure import BenchmarkOptions
 from edgeprune.benchmarks.provenance import provenance
 from edgeprune.data.dataset import Dataset, load_dataset
 from edgeprune.data.files import read_json, write_json
@@ -157,13 +155,7 @@ class Experiment:
         steps = {"unpruned": load_step(next(iter(runs.values())) / "step-00")}
         steps |= {name: last_step(run) for name, run in runs.items()}
         detector = cast(Detector, steps["unpruned"].detector)
-        export = exporter(detector, self.session.target, "fp32")
-        with tempfile.TemporaryDirectory() as folder:
-            engines = []
-            for index, step in enumerate(steps.values()):
-                export(step.network, Path(folder) / f"{index}.onnx")
-                engines.append(self.session.build(Path(folder) / f"{index}.onnx"))
-            timed = time_together(self.session, engines, detector.preprocessing, BenchmarkOptions())
+        timed = time_networks(self.session, detector, [step.network for step in steps.values()])
         matches = {name: matches_of(step, self.val) for name, step in steps.items()}
         rows = []
         for (name, step), found in zip(steps.items(), timed, strict=True):
@@ -171,11 +163,7 @@ class Experiment:
             rows.append(
                 {
                     "run": name,
-                    "ratio": found.to_first.value,
-                    "ratio_low": found.to_first.low,
-                    "ratio_high": found.to_first.high,
-                    "p50_ms": found.p50_ms,
-                    "disturbed": found.disturbed,
+                    **found.to_json(),
                     "params": record.params,
                     "macs": record.macs,
                     "latency": record.to_json()["latency"],

@@ -73,6 +73,12 @@ def _say(error: AgentError) -> None:
     sys.stderr.write("\nError: {}\n".format(": ".join(filter(None, (error.message, error.remedy)))))
 
 
+def page_address(host: str, port: int, token: Optional[str]) -> str:
+    """The camera's page, where it is reached at a host and port."""
+    query = "?token={}".format(token) if token else ""
+    return "http://{}:{}/{}".format("[{}]".format(host) if ":" in host else host, port, query)
+
+
 class _CameraReport:
     """What a person at the board is told."""
 
@@ -81,9 +87,7 @@ class _CameraReport:
 
     def __call__(self, event: Dict[str, Any]) -> None:
         if event["event"] == "listening":
-            query = "?token={}".format(self._listen["token"]) if self._listen["token"] else ""
-            host = self._listen["host"]
-            place = "http://{}:{}/{}".format("[" + host + "]" if ":" in host else host, event["port"], query)
+            place = page_address(self._listen["host"], event["port"], self._listen["token"])
             sys.stderr.write("\nThe camera is at {}\n".format(place))
         elif event["event"] == "camera":
             line = "\r{:.1f} FPS, people {}, {} frames, {} dropped  "
